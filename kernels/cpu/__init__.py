@@ -1,0 +1,1 @@
+"""Providers built on torch's own low-bit CPU ops."""

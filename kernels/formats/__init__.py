@@ -1,0 +1,1 @@
+"""Storage formats: named tensors, pack, unpack, dequantize, exact bits."""

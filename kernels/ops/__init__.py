@@ -1,0 +1,1 @@
+"""The `qcompiler::` ops. Importing this package registers them with torch."""

@@ -1,0 +1,1 @@
+"""Measured kernel configurations, one JSON file per GPU model."""

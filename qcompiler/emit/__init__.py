@@ -1,0 +1,1 @@
+"""Emitters: what a lowered graph is written as."""

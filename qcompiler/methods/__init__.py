@@ -1,0 +1,1 @@
+"""Quantization methods: each decides numbers on plain tensors and knows no graph."""

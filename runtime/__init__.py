@@ -1,0 +1,1 @@
+"""The runtime: reads an artifact and generates from it. Never imports transformers."""
