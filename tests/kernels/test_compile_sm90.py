@@ -21,7 +21,14 @@ sys.modules[_SPEC.name] = offline
 _SPEC.loader.exec_module(offline)
 
 POINTERS = {"low": "*i32", "high": "*i16", "scales": "*fp16", "zeros": "*fp16"}
-SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16", "GROUPS": "i32:16", "words": "i32:16", "x_stride": "i32:16"}
+SIZES = {
+    "M": "i32",
+    "N": "i32:16",
+    "K": "i32:16",
+    "GROUPS": "i32:16",
+    "words": "i32:16",
+    "x_stride": "i32:16",
+}
 PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 HALF = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.bfloat16"}
 

@@ -1,4 +1,4 @@
-"""Triton providers of linear_affine against the reference: in the interpreter here, compiled on a CUDA device.
+"""Triton providers of linear_affine against the reference: interpreted, or compiled on a CUDA device.
 
 Inputs lie inside larger buffers full of NaN, so that a read past an edge that
 reaches the result shows; outputs are compared over every element.
@@ -33,7 +33,7 @@ DENSE = LinearConfig("dense")
 
 
 def poisoned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values inside a larger buffer of NaN (or of all-one bits), 16-byte aligned as allocated ones are."""
+    """The same values inside a larger buffer of NaN (or all-one bits), aligned as allocated ones are."""
     flat = tensor.reshape(-1)
     fill = float("nan") if tensor.is_floating_point() else (255 if tensor.dtype == torch.uint8 else -1)
     buffer = torch.full((flat.numel() + 4096,), fill, dtype=tensor.dtype)
