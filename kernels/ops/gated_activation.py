@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 

@@ -8,7 +8,6 @@ Rows from offsets[-1] on belong to no expert and give zeros.
 from __future__ import annotations
 
 import torch
-
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 
@@ -19,7 +18,7 @@ def check_shapes(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> int
     if x.shape[-1] != inputs:
         raise InvalidInputError(
             f"grouped_linear: rows of {x.shape[-1]} features meet weights of {inputs}",
-            hint="transposed=False takes weight [experts, out, in], transposed=True takes [experts, in, out].",
+            hint="Weights are [experts, out, in], or [experts, in, out] with transposed=True.",
         )
     return outputs
 

@@ -9,7 +9,6 @@ in `attention`.
 from __future__ import annotations
 
 import torch
-
 from qcompiler.kernels.library import register_op
 from qcompiler.kernels.ops.attention import attend, check_heads, softmax_attention
 
@@ -75,7 +74,7 @@ def _reference(
 
 
 def _gather(pages: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` cache rows of one sequence as [1, H, length, D]; a view when its pages are adjacent."""
+    """Cache rows of one sequence as [1, H, length, D]; a view when its pages are adjacent."""
     indices = table.tolist()
     first = indices[0]
     if indices == list(range(first, first + len(indices))) and pages.is_contiguous():

@@ -11,7 +11,6 @@ twice side by side; interleaved: each entry twice in a row).
 from __future__ import annotations
 
 import torch
-
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 
