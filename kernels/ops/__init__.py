@@ -1,1 +1,25 @@
 """The `qcompiler::` ops. Importing this package registers them with torch."""
+
+from qcompiler.kernels.ops import (
+    attention,
+    gated_activation,
+    grouped_linear,
+    kv_append,
+    layer_norm,
+    paged_attention,
+    ragged_attention,
+    rms_norm,
+    rotary,
+)
+
+__all__ = [
+    "attention",
+    "gated_activation",
+    "grouped_linear",
+    "kv_append",
+    "layer_norm",
+    "paged_attention",
+    "ragged_attention",
+    "rms_norm",
+    "rotary",
+]
