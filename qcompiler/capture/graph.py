@@ -28,6 +28,13 @@ _ASSERTIONS = {
 # Identities outside of training; argument 0 takes their place.
 _IDENTITIES = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default}
+_CASTS = {
+    aten.to.device,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten._to_copy.default,
+}
 
 
 class GraphBuilder:
@@ -113,7 +120,20 @@ class GraphBuilder:
             return self._inline(node, env)
         if getattr(target, "__name__", "") == "getitem" and isinstance(env[_node(node.args[0])], (tuple, list)):
             return env[_node(node.args[0])][node.args[1]]
+        if target in _CASTS:
+            return self._cast(node, env)
         copied = self.graph.node_copy(node, lambda n: self._value(env[n]))
+        self._rename_stack(copied)
+        return copied
+
+    def _cast(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """All tensors of the graph live on one device, so a move is a cast, and a cast to the same dtype nothing."""
+        source = _node(node.args[0])
+        before, after = source.meta["val"].dtype, node.meta["val"].dtype
+        if before == after:
+            return env[source]
+        copied = self.graph.call_function(aten.to.dtype, (self._value(env[source]), after))
+        copied.meta = dict(node.meta)
         self._rename_stack(copied)
         return copied
 

@@ -53,25 +53,36 @@ def mask_interface(
 ) -> torch.Tensor:
     """What transformers calls for a mask: an empty tensor of the mask's shape that carries a `MaskSpec`.
 
-    Raises:
-        UnsupportedModelError: The mask is made of parts that the attention op cannot express.
+    A mask that has no spec carries the refusal instead, which is raised where a layer uses it: models also
+    make masks that none of their layers takes.
     """
-    if attention_mask is not None:
-        raise UnsupportedModelError(
-            "the model builds a padding mask of its own, which a graph over ragged tokens has no place for"
-        )
-    for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
-        if not isinstance(offset, int) or offset != 0:
-            raise UnsupportedModelError(f"the model asks for a mask with {name}={offset} although no cache is used")
-    spec = describe(mask_function)
+    spec: MaskSpec | UnsupportedModelError
+    try:
+        if attention_mask is not None:
+            raise UnsupportedModelError(
+                "it builds a padding mask of its own, which a graph over ragged tokens has no place for"
+            )
+        for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
+            if not isinstance(offset, int) or offset != 0:
+                raise UnsupportedModelError(f"it asks for a mask with {name}={offset} although no cache is used")
+        spec = describe(mask_function)
+    except UnsupportedModelError as refusal:
+        spec = refusal
     mask = torch.empty((batch_size, 1, q_length, kv_length), dtype=torch.bool, device=device)
     setattr(mask, _SPEC_ATTRIBUTE, spec)
     return mask
 
 
 def spec_of(mask: torch.Tensor) -> MaskSpec | None:
-    """The spec that `mask_interface` put on a mask; None if the tensor is not (or no longer) such a mask."""
-    return getattr(mask, _SPEC_ATTRIBUTE, None)
+    """The spec that `mask_interface` put on a mask; None if the tensor is not (or no longer) such a mask.
+
+    Raises:
+        UnsupportedModelError: The mask is made of parts that the attention op cannot express.
+    """
+    spec = getattr(mask, _SPEC_ATTRIBUTE, None)
+    if isinstance(spec, UnsupportedModelError):
+        raise spec
+    return spec
 
 
 def describe(mask_function: Callable[..., Any]) -> MaskSpec:

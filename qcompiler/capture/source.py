@@ -89,8 +89,8 @@ class ModelSource:
 def resolve_class(config: PreTrainedConfig, remote_folder: Path | None = None) -> type[PreTrainedModel]:
     """The transformers class that a config stands for.
 
-    The class named in `config.architectures` where there is one, else the causal language model of
-    that type, else its bare encoder.
+    The class named in `config.architectures` where there is one, else the masked or causal language
+    model of that type, else its bare encoder.
 
     Raises:
         UnsupportedModelError: No class is known, or it is not a text decoder or encoder.
@@ -109,11 +109,11 @@ def resolve_class(config: PreTrainedConfig, remote_folder: Path | None = None) -
     if remote_folder is not None and auto_map:
         return _remote_class(auto_map, remote_folder)
     if name is None:
-        for mapping in (
-            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-            modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
-            modeling_auto.MODEL_MAPPING,
-        ):
+        # BERT and its kin are in both tables; they are decoders only where the config says so
+        heads = [modeling_auto.MODEL_FOR_MASKED_LM_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
+        if getattr(config, "is_decoder", False):
+            heads.reverse()
+        for mapping in (*heads, modeling_auto.MODEL_MAPPING):
             if type(config) in mapping:
                 found = mapping[type(config)]
                 found = found[0] if isinstance(found, (list, tuple)) else found
@@ -129,15 +129,17 @@ def resolve_class(config: PreTrainedConfig, remote_folder: Path | None = None) -
 
 
 def _only_text(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> type[PreTrainedModel]:
+    kind = config.model_type
+    hint = "Text decoders and encoders can be compiled; point to a text-only checkpoint of the model."
     parts = [key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is not None]
     other = [part for part in parts if part != "text_config"]
-    modalities = getattr(model_class, "input_modalities", None) or ("text",)
-    modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-    if other or tuple(modalities) != ("text",):
-        what = ", ".join(other) or ", ".join(modalities)
+    if other:
         raise UnsupportedModelError(
-            f"{config.model_type} ({model_class.__name__}) has parts beside its text model: {what}",
-            hint="Text decoders and encoders can be compiled; point to a text-only checkpoint of the model.",
+            f"{kind} ({model_class.__name__}) has parts beside its text model: {', '.join(other)}", hint=hint
+        )
+    if model_class.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{kind} ({model_class.__name__}) takes {model_class.main_input_name}, not tokens", hint=hint
         )
     return model_class
 
@@ -164,6 +166,13 @@ def build_skeleton(
     try:
         with torch.device("meta"):
             model = model_class._from_config(config, **options)
+    except KeyError as error:
+        if error.args != (attention.IMPLEMENTATION,):
+            raise
+        raise UnsupportedModelError(
+            f"{config.model_type} picks its attention from a table of its own instead of calling an attention "
+            "function of transformers, so its attention cannot be told apart"
+        ) from error
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(f"{config.model_type} cannot be built for capture: {error}") from error
     if model._can_set_experts_implementation():
