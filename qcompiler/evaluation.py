@@ -102,7 +102,11 @@ def _depend_on_rows(nodes: list[Node]) -> dict[Node, None]:
     """Nodes that need the chosen rows, in order; a weight only they read belongs to them."""
     dependent: dict[Node, None] = {}
     for node in nodes:
-        if node.name == ROWS_INPUT or node.op == "output" or any(n in dependent for n in node.all_input_nodes):
+        if (
+            node.name == ROWS_INPUT
+            or node.op == "output"
+            or any(n in dependent for n in node.all_input_nodes)
+        ):
             dependent[node] = None
     return dependent
 

@@ -63,7 +63,8 @@ class LayerPlan:
         tails = sorted({name.rsplit(".", 1)[-1] for name in names})
         near = get_close_matches(pattern.strip("*."), tails, n=3, cutoff=0.3) or tails[:8]
         raise InvalidInputError(
-            f"the pattern {pattern!r} matches no linear of this model", hint=f"Its linears end in: {', '.join(near)}."
+            f"the pattern {pattern!r} matches no linear of this model",
+            hint=f"Its linears end in: {', '.join(near)}.",
         )
 
     def _override(self, name: str) -> int | None:

@@ -64,7 +64,9 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise InvalidInputError(f"dtype {self.dtype!r} is not known", hint=f"Choose one of {', '.join(DTYPES)}.")
+            raise InvalidInputError(
+                f"dtype {self.dtype!r} is not known", hint=f"Choose one of {', '.join(DTYPES)}."
+            )
         if self.eval_tokens < 0 or 0 < self.eval_tokens < 2:
             raise InvalidInputError(
                 f"eval_tokens is {self.eval_tokens}; scoring needs at least 2 tokens",
@@ -120,7 +122,8 @@ def parse_bits(values: tuple[str, ...]) -> tuple[int | None, tuple[tuple[str, in
             bits = int(number)
         except ValueError:
             raise InvalidInputError(
-                f"--bits {value!r} is not a number of bits", hint="Write --bits 4, or --bits 'PATTERN=8' for some layers."
+                f"--bits {value!r} is not a number of bits",
+                hint="Write --bits 4, or --bits 'PATTERN=8' for some layers.",
             ) from None
         if equals:
             overrides.append((pattern, bits))

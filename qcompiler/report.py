@@ -114,7 +114,9 @@ class CompileReport:
             table.add_row("quality", "not measured")
         else:
             q = self.quality
-            table.add_row("KL divergence", f"{q.kl_mean:.5f} ± {q.kl_se:.5f} nats per token, {q.tokens} tokens")
+            table.add_row(
+                "KL divergence", f"{q.kl_mean:.5f} ± {q.kl_se:.5f} nats per token, {q.tokens} tokens"
+            )
             table.add_row("same top-1", f"{100 * q.top1_agreement:.2f} %")
             table.add_row(
                 "perplexity",
@@ -123,7 +125,9 @@ class CompileReport:
             )
         for index, layer in enumerate(self.worst_layers()):
             label = "worst layers" if index == 0 else ""
-            table.add_row(label, f"{escape(layer.name)}  relative error {layer.relative_error:.2e}, {layer.bits} bit")
+            table.add_row(
+                label, f"{escape(layer.name)}  relative error {layer.relative_error:.2e}, {layer.bits} bit"
+            )
         table.add_row("manifest", f"sha256 {self.manifest_sha256}")
         table.add_row("try next", escape(f'qrun generate {self.output} --prompt "Once upon a time"'))
         table.add_row("", escape(f"qrun bench {self.output}"))

@@ -123,8 +123,12 @@ class Workspace:
         if self._overwrite and self.path.exists():
             shutil.rmtree(self.path)
         if not state.is_file():
-            if self.path.exists() and any(p.suffix not in {".tmp", ".safetensors"} for p in self.path.iterdir()):
-                raise InvalidInputError(f"{self.path} exists and is not an unfinished compilation", hint="Move it away.")
+            if self.path.exists() and any(
+                p.suffix not in {".tmp", ".safetensors"} for p in self.path.iterdir()
+            ):
+                raise InvalidInputError(
+                    f"{self.path} exists and is not an unfinished compilation", hint="Move it away."
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(self._fingerprint, indent=1, sort_keys=True), encoding="utf-8")
             return
@@ -143,8 +147,12 @@ class Workspace:
             found = {}
         if found == self._fingerprint:
             return
-        differing = sorted(k for k in {*found, *self._fingerprint} if found.get(k) != self._fingerprint.get(k))
-        told = ", ".join(f"{k}: {found.get(k)!r} there, {self._fingerprint.get(k)!r} now" for k in differing[:4])
+        differing = sorted(
+            k for k in {*found, *self._fingerprint} if found.get(k) != self._fingerprint.get(k)
+        )
+        told = ", ".join(
+            f"{k}: {found.get(k)!r} there, {self._fingerprint.get(k)!r} now" for k in differing[:4]
+        )
         raise InvalidInputError(
             f"the unfinished compilation in {self.path} is of another configuration ({told})",
             hint="Use the options it was started with, or start anew with --overwrite.",

@@ -60,12 +60,14 @@ def test_nothing_unpickles_or_evaluates_text():
 
 def test_no_file_holds_more_than_one_idea():
     tracked = [p for f in (*ALLOWED, "qcompiler", "tests", "benchmarks") for p in (ROOT / f).rglob("*.py")]
-    too_long = {str(p.relative_to(ROOT)) for p in tracked if len(p.read_text(encoding="utf-8").splitlines()) > 600}
+    too_long = {
+        str(p.relative_to(ROOT)) for p in tracked if len(p.read_text(encoding="utf-8").splitlines()) > 600
+    }
     assert not too_long
 
 
 def run_python(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)  # noqa: S603
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_importing_the_package_does_not_load_torch():
@@ -73,7 +75,9 @@ def test_importing_the_package_does_not_load_torch():
 
 
 def test_the_runtime_does_not_load_transformers():
-    run_python("import qcompiler.runtime, qcompiler.runtime.model, sys; assert 'transformers' not in sys.modules")
+    run_python(
+        "import qcompiler.runtime, qcompiler.runtime.model, sys; assert 'transformers' not in sys.modules"
+    )
 
 
 def test_checks_survive_python_O():  # noqa: N802
