@@ -1,5 +1,6 @@
 """The `qcompiler::` ops. Importing this package registers them with torch."""
 
+<<<<<<< HEAD
 from qcompiler.kernels.ops import (
     attention,
     gated_activation,
@@ -23,3 +24,8 @@ __all__ = [
     "rms_norm",
     "rotary",
 ]
+=======
+from __future__ import annotations
+
+from qcompiler.kernels.ops import linear_affine as linear_affine
+>>>>>>> klin

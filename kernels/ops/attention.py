@@ -24,7 +24,7 @@ def key_range(first: int, last: int, keys: int, causal: bool, window: int, chunk
     """Bounds [lo, hi) of the keys that any query position in [first, last] may see.
 
     Args:
-        first: Smallest query position (positions count keys; may be negative for a query before the first key).
+        first: Smallest query position, counted in keys; negative for a query before the first key.
         last: Largest query position.
         keys: Number of keys.
         causal: Keys after the query are hidden.
@@ -84,7 +84,7 @@ def softmax_attention(
         q: Queries [B, Hq, T, D].
         k: Keys [B, Hkv, S, D].
         v: Values [B, Hkv, S, Dv].
-        mask: Boolean, broadcastable to [B, 1, T, S]; every row must see at least one key unless `sinks` is given.
+        mask: Boolean, broadcastable to [B, 1, T, S]. What a row that sees no key gives is up to the caller.
         scale: Factor on q·k.
         softcap: c of c · tanh(s / c); 0 is off.
         sinks: One extra logit per query head [Hq], or None.

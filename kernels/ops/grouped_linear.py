@@ -19,7 +19,7 @@ def check_shapes(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> int
     if x.shape[-1] != inputs:
         raise InvalidInputError(
             f"grouped_linear: rows of {x.shape[-1]} features meet weights of {inputs}",
-            hint="transposed=False takes weight [experts, out, in], transposed=True takes [experts, in, out].",
+            hint="Weights are [experts, out, in], or [experts, in, out] with transposed=True.",
         )
     return outputs
 

@@ -75,7 +75,7 @@ def _reference(
 
 
 def _gather(pages: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` cache rows of one sequence as [1, H, length, D]; a view when its pages are adjacent."""
+    """Cache rows of one sequence as [1, H, length, D]; a view when its pages are adjacent."""
     indices = table.tolist()
     first = indices[0]
     if indices == list(range(first, first + len(indices))) and pages.is_contiguous():

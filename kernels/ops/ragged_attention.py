@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from qcompiler.kernels.library import register_op
@@ -24,12 +26,12 @@ def _reference(
     check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2])
     starts = query_start.tolist()
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lengths = {last - first for first, last in zip(starts, starts[1:], strict=False)}
+    lengths = {last - first for first, last in pairwise(starts)}
     end = starts[-1]
     if len(lengths) == 1 and end > starts[0]:  # equal lengths are a plain batch
         bounds = [(starts[0], end, len(starts) - 1)]
     else:
-        bounds = [(first, last, 1) for first, last in zip(starts, starts[1:], strict=False) if last > first]
+        bounds = [(first, last, 1) for first, last in pairwise(starts) if last > first]
     for first, last, batch in bounds:
         parts = (t[first:last].unflatten(0, (batch, -1)).transpose(1, 2) for t in (q, k, v))
         out[first:last] = attend(
