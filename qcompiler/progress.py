@@ -34,6 +34,7 @@ class ConsoleProgress(Progress):
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
+        """See `Progress.stage`; ends with a line that tells how long it took."""
         started = time.perf_counter()
         if self._console.is_terminal:
             with self._bar(name, total) as advance:
@@ -44,6 +45,7 @@ class ConsoleProgress(Progress):
         self._console.print(f"{name}: {total} in {seconds:.1f} s", style="dim", highlight=False)
 
     def note(self, message: str) -> None:
+        """See `Progress.note`."""
         self._console.print(message, style="yellow", highlight=False, markup=False)
 
     def _log_step(self, step: str) -> None:
