@@ -70,11 +70,18 @@ class Estimate:
             key = (layer["out_features"], layer["in_features"], layer["bits"], layer["bits_per_weight"])
             shapes.setdefault(key, []).append(layer["name"])
         table = Table(title=escape(f"{self.model}: {self.method} on {self.device}"), title_justify="left")
-        for column, justify in (("linears", "right"), ("shape", "left"), ("bits", "right"), ("bits/weight", "right")):
+        for column, justify in (
+            ("linears", "right"),
+            ("shape", "left"),
+            ("bits", "right"),
+            ("bits/weight", "right"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("such as")
         for (rows, columns, bits, stored), names in shapes.items():
-            table.add_row(str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0]))
+            table.add_row(
+                str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0])
+            )
         console.print(table)
         reasons: dict[str, list[str]] = {}
         for skipped in self.linears_skipped:
@@ -186,9 +193,9 @@ def seconds_needed(plan: CompilePlan) -> float:
     layer = max(plan.layers, key=lambda item: item.out_features * item.in_features)
     rows = max(1, min(layer.out_features, (1 << 18) // layer.in_features))
     sample = torch.randn(rows, layer.in_features, generator=generator).mul_(0.02).to(plan.device)
-    plan.method.quantize(sample, layer.spec, name="sample")  # the first call warms up
+    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")  # the first call warms up
     started = time.perf_counter()
-    plan.method.quantize(sample, layer.spec, name="sample")
+    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     per_weight = (time.perf_counter() - started) / sample.numel()

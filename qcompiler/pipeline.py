@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from qcompiler import __version__
+from qcompiler.checkpoint.identity import checkpoint_fingerprint
 from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
 from qcompiler.estimate import check_resources
 from qcompiler.kernels.errors import QualityGateError
@@ -21,7 +22,8 @@ from qcompiler.passes import PassManager, PassResult, lowering_passes
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
 from qcompiler.quantize_weights import WeightStream
-from qcompiler.report import CompileReport, LayerReport, Quality, peak_rss_bytes
+from qcompiler.quality import Quality
+from qcompiler.report import CompileReport, LayerReport, peak_rss_bytes
 from qcompiler.sizes import Sizes
 from qcompiler.workspace import Workspace, writing
 
@@ -51,7 +53,9 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     for note in plan.captured.notes:
         progress.note(note)
     check_resources(plan)
-    with Workspace(output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite) as workspace:
+    with Workspace(
+        output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite
+    ) as workspace:
         stream = WeightStream(plan, workspace)
         resumed = workspace.count
         layers = stream.quantize_all(progress)
@@ -123,7 +127,7 @@ def emit(
         "linears_quantized": len(plan.layers),
         "linears_skipped": [{"name": s.name, "reason": s.reason} for s in plan.skipped],
         "layers": [vars(layer) for layer in layers],
-        "quality": vars(quality) if quality else None,
+        "quality": quality.to_json() if quality else None,
         "passes": [passed(result) for result in plan.passes],
     }
     return write_artifact(
@@ -149,11 +153,14 @@ def tensors_of(graph: GraphModule, stream: WeightStream) -> Iterator[tuple[str, 
 def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
     """What the manifest says of the model and of how it was made."""
     config = plan.captured.config
-    generation = plan.source.generation_config()
+    generation = plan.generation_config()
     details = {
         "producer": f"qcompiler {__version__}",
-        "method": {"name": plan.options.method, "options": plan.method.describe(plan.options.method_options)},
-        "source": {"name": plan.options.model.rstrip("/").rsplit("/", 1)[-1], "fingerprint": plan.checkpoint.fingerprint()},
+        "method": {"name": plan.options.method, "options": plan.method_options},
+        "source": {
+            "name": plan.options.model.rstrip("/").rsplit("/", 1)[-1],
+            "fingerprint": checkpoint_fingerprint(plan.checkpoint.folder),
+        },
         "bits_per_weight": sizes.bits_per_weight,
         "bits_per_weight_linears": sizes.bits_per_weight_linears,
     }
@@ -172,7 +179,7 @@ def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
 
 def carried_files(plan: CompilePlan) -> dict[str, Any]:
     """Tokenizer and configs by file name."""
-    found = {name: plan.source.file(name) for name in (*_CARRIED_FILES, "config.json")}
+    found = {name: plan.file(name) for name in (*_CARRIED_FILES, "config.json")}
     return {name: path for name, path in found.items() if path is not None}
 
 
@@ -190,7 +197,7 @@ def fingerprint(plan: CompilePlan) -> dict[str, Any]:
         "qcompiler": __version__,
         "torch": torch.__version__,
         "device": plan.device.type,
-        "source": plan.checkpoint.fingerprint(),
+        "source": checkpoint_fingerprint(plan.checkpoint.folder),
         "layers": hashlib.sha256(
             repr([(layer.name, layer.spec.to_json()) for layer in plan.layers]).encode()
         ).hexdigest(),
