@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -137,7 +136,9 @@ def prefill_kernel(
 
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
-    table = table_ptr + sequence.to(tl.int64) * stride_table
+    table = table_ptr
+    if PAGED:
+        table += sequence.to(tl.int64) * stride_table
     if WINDOW > 0 or CHUNK > 0:
         acc, top, total = attend_tiles(
             acc, top, total, q, positions, low, full_low, keys, k_ptr, v_ptr, table, key_base,
@@ -156,5 +157,9 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = (first + token).to(tl.int64)[:, None] * stride_out_token + head[:, None] * stride_out_head + dv[None, :]
+    at = (
+        (first + token).to(tl.int64)[:, None] * stride_out_token
+        + head[:, None] * stride_out_head
+        + dv[None, :]
+    )
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dv[None, :] < DV))
