@@ -36,7 +36,7 @@ def rms_norm_kernel(
     ADD: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
-    """Grid: (rows / BLOCK_ROWS,). out and total [rows, COLUMNS] are contiguous; total = x + residual if ADD."""
+    """Grid: (rows / BLOCK_ROWS,). out and, if ADD, total = x + residual are contiguous [rows, COLUMNS]."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)

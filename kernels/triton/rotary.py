@@ -1,4 +1,4 @@
-"""Rotary embedding of a strided [B, H, T, D] view, so that heads inside a fused projection are read in place."""
+"""Rotary embedding of a strided [B, H, T, D] view: heads inside a fused projection are read in place."""
 
 from __future__ import annotations
 
