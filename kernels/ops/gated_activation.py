@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 

@@ -8,6 +8,7 @@ Rows from offsets[-1] on belong to no expert and give zeros.
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.library import register_op
 
 

@@ -9,6 +9,7 @@ in `attention`.
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.library import register_op
 from qcompiler.kernels.ops.attention import attend, check_heads, softmax_attention
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+
 from qcompiler.kernels.library import register_op
 from qcompiler.kernels.ops.attention import attend, check_heads
 

@@ -9,6 +9,7 @@ n is computed in fp32. Llama rounds n(x) to x.dtype before the multiply
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.library import register_op
 
 

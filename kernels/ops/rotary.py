@@ -11,6 +11,7 @@ twice side by side; interleaved: each entry twice in a row).
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 

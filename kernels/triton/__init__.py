@@ -1,1 +1,1 @@
-"""Triton kernels, one op family per file; imported when a CUDA tensor (or the interpreter) needs them."""
+"""Triton kernels, one op family per file; imported only when a CUDA tensor or the interpreter needs them."""

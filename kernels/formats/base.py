@@ -1,0 +1,103 @@
+"""What a storage format is: named tensors with shapes and dtypes, and the functions between them and weights.
+
+A format stores numbers that a method decided; one op computes with it. The
+registry maps the name in a manifest to the object that knows the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from qcompiler.kernels.errors import InvalidInputError
+
+SpecT = TypeVar("SpecT")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+@runtime_checkable
+class Format(Protocol[SpecT]):
+    """A storage format; `spec` is its frozen settings (bits, group size, ...).
+
+    All functions also work on meta tensors, where they give shapes only.
+    """
+
+    name: str
+
+    def spec_from_json(self, data: Mapping[str, Any]) -> SpecT:
+        """Read back what `spec.to_json()` wrote; unknown or wrong entries are refused."""
+        ...
+
+    def tensor_specs(self, spec: SpecT, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes of the stored tensors of one weight [out_features, in_features]."""
+        ...
+
+    def dequantize(
+        self, spec: SpecT, tensors: Mapping[str, torch.Tensor], in_features: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The weight [out_features, in_features] that the tensors stand for."""
+        ...
+
+    def concat(self, spec: SpecT, parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Weights of equal in_features side by side along out_features."""
+        ...
+
+    def nbytes(self, spec: SpecT, out_features: int, in_features: int) -> int:
+        """Stored bytes of one weight: codes, padding, scales, zeros, everything."""
+        ...
+
+    def bits_per_weight(self, spec: SpecT, out_features: int, in_features: int) -> float:
+        """8 · nbytes / (out_features · in_features)."""
+        ...
+
+    def op_call(
+        self, spec: SpecT, x: Any, tensors: Mapping[str, Any], bias: Any, in_features: int
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The op and its arguments for `linear(x, weight, bias)`; values may be tensors or nodes."""
+        ...
+
+
+_FORMATS: dict[str, Format[Any]] = {}
+
+
+def register_format(format_: Format[Any]) -> None:
+    """Make a format known under its name.
+
+    Raises:
+        InvalidInputError: Another format already has this name.
+    """
+    if _FORMATS.setdefault(format_.name, format_) is not format_:
+        raise InvalidInputError(f"A format named {format_.name!r} is already registered.")
+
+
+def get_format(name: str) -> Format[Any]:
+    """The format registered under `name`.
+
+    Raises:
+        InvalidInputError: No such format.
+    """
+    try:
+        return _FORMATS[name]
+    except KeyError:
+        known = ", ".join(sorted(_FORMATS)) or "none"
+        raise InvalidInputError(
+            f"Unknown storage format {name!r}.", hint=f"Known formats: {known}."
+        ) from None
