@@ -8,7 +8,7 @@ vocabulary are the largest activation by far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,16 +40,14 @@ class StreamedProgram:
     def logits(
         self,
         inputs: dict[str, Any],
-        rows: torch.Tensor,
-        chunk: int,
+        rows: Sequence[torch.Tensor],
         on_node: Callable[[], None] | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (rows [r], logits [r, vocabulary]) for successive chunks of `rows`.
+    ) -> Iterator[torch.Tensor]:
+        """Yield logits [r, vocabulary] for each of the given row sets.
 
         Args:
             inputs: Placeholder values by name, less `logits_rows`.
-            rows: Token positions whose logits are wanted, int64 [R].
-            chunk: Rows per yield.
+            rows: Sets of token positions, int64 [r] each, whose logits are wanted together.
             on_node: Called after each node of the streamed part.
         """
         env: dict[Node, Any] = {}
@@ -60,14 +58,14 @@ class StreamedProgram:
             self._release(node, env)
             if on_node is not None:
                 on_node()
-        for part in rows.split(chunk):
+        for part in rows:
             chunk_env = dict(env)
             for node in self._per_chunk:
                 self._execute(node, chunk_env, {ROWS_INPUT: part})
                 if node.op == "output":
                     logits = chunk_env[node]
                     logits = logits[0] if isinstance(logits, tuple | list) else logits
-                    yield part, logits.reshape(part.numel(), -1)
+                    yield logits.reshape(part.numel(), -1)
 
     def node_count(self) -> int:
         """Nodes of the streamed part, for progress."""

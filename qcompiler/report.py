@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qcompiler.quality import Quality
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -37,27 +39,6 @@ class SkippedLayer:
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The compiled model against its original on the same tokens, both in the artifact's dtype.
-
-    Attributes:
-        tokens: Scored next-token predictions.
-        kl_mean: Mean KL(original ‖ compiled), nats per token.
-        kl_se: Its standard error.
-        top1_agreement: Share of tokens whose most likely next token is the same.
-        perplexity: Of the compiled model.
-        perplexity_original: Of the original.
-    """
-
-    tokens: int
-    kl_mean: float
-    kl_se: float
-    top1_agreement: float
-    perplexity: float
-    perplexity_original: float
 
 
 @dataclass
@@ -120,8 +101,7 @@ class CompileReport:
             table.add_row("same top-1", f"{100 * q.top1_agreement:.2f} %")
             table.add_row(
                 "perplexity",
-                f"{q.perplexity:.4f}, original {q.perplexity_original:.4f}"
-                f" (ratio {q.perplexity / q.perplexity_original:.4f})",
+                f"{q.perplexity:.4f}, original {q.perplexity_original:.4f} (ratio {q.perplexity_ratio:.4f})",
             )
         for index, layer in enumerate(self.worst_layers()):
             label = "worst layers" if index == 0 else ""
