@@ -105,3 +105,48 @@ def copy_of(tmp_path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(artifact, tmp_path / artifact.name))
 
     return copy
+
+
+def reseal(artifact: Path, **changes: Any) -> Path:
+    """Make digests and checksum fit again after tampering, as an attacker would; `changes` go into the manifest."""
+    import hashlib
+    import json
+
+    from qcompiler.runtime.manifest import checksum
+
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest.update(changes)
+    if "files" not in changes:
+        manifest["files"] = {
+            f.name: {"size": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()}
+            for f in sorted(artifact.iterdir())
+            if f.name != "manifest.json"
+        }
+    manifest["checksum"] = checksum(manifest)
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    return artifact
+
+
+@pytest.fixture(name="reseal")
+def reseal_fixture() -> Callable[..., Path]:
+    return reseal
+
+
+@pytest.fixture
+def artifact(tiny_q4, copy_of) -> Path:
+    """A private copy of the 4-bit tiny-llama."""
+    return copy_of(tiny_q4)
+
+
+@pytest.fixture(scope="session")
+def q4_model(tiny_q4):
+    from qcompiler.runtime.model import load
+
+    return load(tiny_q4, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def float_model(tiny_float):
+    from qcompiler.runtime.model import load
+
+    return load(tiny_float, device="cpu")
