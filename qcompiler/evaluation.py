@@ -34,7 +34,7 @@ class StreamedProgram:
         self._device = device
         self._nodes = list(graph.graph.nodes)
         self._per_chunk = _depend_on_rows(self._nodes)
-        self._last_use = _last_uses(self._nodes)
+        self._last_use = _last_uses(self._nodes, self._per_chunk)
 
     @torch.inference_mode()
     def logits(
@@ -109,11 +109,13 @@ def _depend_on_rows(nodes: list[Node]) -> dict[Node, None]:
     return dependent
 
 
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the values whose last user it is."""
+def _last_uses(nodes: list[Node], per_chunk: dict[Node, None]) -> dict[Node, list[Node]]:
+    """For each node, the values whose last user it is; what a chunk reads stays for all chunks."""
     position = {node: index for index, node in enumerate(nodes)}
     uses: dict[Node, list[Node]] = {}
     for node in nodes:
+        if any(user in per_chunk for user in node.users):
+            continue
         if node.users:
             uses.setdefault(max(node.users, key=position.__getitem__), []).append(node)
         elif node.op != "output":

@@ -41,8 +41,8 @@ def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress)
     meter = QualityMeter()
     with progress.stage("evaluate", original.node_count() + compiled.node_count()) as advance:
         pairs = zip(
-            original.logits(inputs, rows, lambda: advance("original")),
-            compiled.logits(inputs, rows, lambda: advance("compiled")),
+            original.logits(inputs, rows, lambda: advance("")),
+            compiled.logits(inputs, rows, lambda: advance("")),
             targets,
             strict=True,
         )

@@ -21,8 +21,8 @@ from qcompiler.options import CompileOptions
 from qcompiler.passes import PassManager, PassResult, lowering_passes
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
-from qcompiler.quantize_weights import WeightStream
 from qcompiler.quality import Quality
+from qcompiler.quantize_weights import WeightStream
 from qcompiler.report import CompileReport, LayerReport, peak_rss_bytes
 from qcompiler.sizes import Sizes
 from qcompiler.workspace import Workspace, writing

@@ -136,7 +136,7 @@ def run(command: click.Command, argv: list[str] | None = None) -> int:
             _traceback()
         _say(error.message, error.hint)
         return error.exit_code
-    except Exception as error:  # noqa: BLE001  the last line of defence: told as ours, never swallowed
+    except Exception as error:
         if verbose:
             _traceback()
         _say(
