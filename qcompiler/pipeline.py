@@ -111,11 +111,7 @@ def check_gate(options: CompileOptions, quality: Quality | None) -> None:
             "--max-kl was given, but the quality of this model could not be measured; no artifact was kept",
             hint="The checkpoint needs a tokenizer.json, and the model must be a decoder.",
         )
-    if not quality.kl_mean <= options.max_kl:
-        raise QualityGateError(
-            f"mean KL divergence {quality.kl_mean:.5f} exceeds --max-kl {options.max_kl:g}; nothing was kept",
-            hint="Use more bits or smaller groups, or give the worst layers more with --bits PATTERN=B.",
-        )
+    quality.require(options.max_kl)
 
 
 def emit(

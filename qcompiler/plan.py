@@ -1,4 +1,4 @@
-"""The plan of a compilation: captured, canonical, its linears rewritten; all on meta, before a weight is read."""
+"""The plan of a compilation: the graph, canonical and quantized, on meta; no weight has been read."""
 
 from __future__ import annotations
 
