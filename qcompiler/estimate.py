@@ -70,19 +70,27 @@ class Estimate:
             key = (layer["out_features"], layer["in_features"], layer["bits"], layer["bits_per_weight"])
             shapes.setdefault(key, []).append(layer["name"])
         table = Table(title=escape(f"{self.model}: {self.method} on {self.device}"), title_justify="left")
-        for column, justify in (("linears", "right"), ("shape", "left"), ("bits", "right"), ("bits/weight", "right")):
+        for column, justify in (
+            ("linears", "right"),
+            ("shape", "left"),
+            ("bits", "right"),
+            ("bits/weight", "right"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         table.add_column("such as")
         for (rows, columns, bits, stored), names in shapes.items():
-            table.add_row(str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0]))
+            table.add_row(
+                str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0])
+            )
         console.print(table)
         reasons: dict[str, list[str]] = {}
         for skipped in self.linears_skipped:
             reasons.setdefault(skipped.reason, []).append(skipped.name)
         for reason, names in reasons.items():
             console.print(escape(f"skipped {len(names)}: {reason} ({shorten(names)})"), highlight=False)
+        linears = f"{self.bits_per_weight_linears:.3f} in the quantized linears"
         for label, text in (
-            ("bits per weight", f"{self.bits_per_weight:.3f} ({self.bits_per_weight_linears:.3f} in the quantized linears)"),
+            ("bits per weight", f"{self.bits_per_weight:.3f} with embeddings, {linears}"),
             ("size", format_bytes(self.bytes)),
             ("memory needed", format_bytes(self.memory_bytes)
              + (f", GPU {format_bytes(self.gpu_memory_bytes)}" if self.gpu_memory_bytes else "")),
@@ -179,16 +187,16 @@ def disk_needed(sizes: Sizes) -> int:
 
 
 def seconds_needed(plan: CompilePlan) -> float:
-    """Seconds to quantize all linears and to read and write them, from timing the method on one sample here."""
+    """Seconds to quantize all linears and move their bytes, from timing the method on a sample here."""
     if not plan.layers:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     layer = max(plan.layers, key=lambda item: item.out_features * item.in_features)
     rows = max(1, min(layer.out_features, (1 << 18) // layer.in_features))
     sample = torch.randn(rows, layer.in_features, generator=generator).mul_(0.02).to(plan.device)
-    plan.method.quantize(sample, layer.spec, name="sample")  # the first call warms up
+    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")  # the first call warms up
     started = time.perf_counter()
-    plan.method.quantize(sample, layer.spec, name="sample")
+    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     per_weight = (time.perf_counter() - started) / sample.numel()

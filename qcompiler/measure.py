@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,15 @@ from torch.fx import GraphModule
 from qcompiler.data import default_text
 from qcompiler.evaluation import StreamedProgram
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.passes import GatherLogitsRows, InsertRaggedAttention, PassManager
+from qcompiler.passes import GatherLogitsRows, InsertRagged, PassManager
 from qcompiler.plan import CompilePlan
 from qcompiler.progress import Progress
-from qcompiler.quality import QualityMeter
+from qcompiler.quality import Quality, QualityMeter
 from qcompiler.quantize_weights import WeightStream
-from qcompiler.report import Quality
-
-# Rows of logits held at once for each of the two models.
-_ROW_CHUNK = 256
 
 
 def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress) -> Quality | None:
-    """KL divergence, top-1 agreement and perplexities on the evaluation text; None where they have no meaning.
+    """KL divergence, top-1 agreement, perplexities on the evaluation text; None where they have no meaning.
 
     Both models run in the artifact's dtype: what is deployed is what is measured.
     """
@@ -38,22 +35,20 @@ def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress)
     if tokens is None:
         progress.note("quality was not measured: the checkpoint has no tokenizer.json")
         return None
-    batch = windows(tokens, options.eval_context)
     original = _program(plan, plan.captured.graph, stream)
     compiled = _program(plan, plan.quantized_graph, stream)
-    inputs, rows, targets = (_to(plan.device, value) for value in batch)
+    inputs, rows, targets = windows(tokens.to(plan.device), options.eval_context)
     meter = QualityMeter()
     with progress.stage("evaluate", original.node_count() + compiled.node_count()) as advance:
-        step = lambda: advance("")  # noqa: E731
         pairs = zip(
-            original.logits(inputs, rows, _ROW_CHUNK, step),
-            compiled.logits(inputs, rows, _ROW_CHUNK, step),
-            targets.split(_ROW_CHUNK),
+            original.logits(inputs, rows, lambda: advance("")),
+            compiled.logits(inputs, rows, lambda: advance("")),
+            targets,
             strict=True,
         )
-        for (_, before), (_, after), wanted in pairs:
+        for before, after, wanted in pairs:
             meter.update(before, after, wanted)
-    return Quality(**meter.result())
+    return meter.result()
 
 
 def evaluation_tokens(plan: CompilePlan) -> torch.Tensor | None:
@@ -64,13 +59,17 @@ def evaluation_tokens(plan: CompilePlan) -> torch.Tensor | None:
     """
     from tokenizers import Tokenizer
 
-    path = plan.source.file("tokenizer.json")
+    path = plan.file("tokenizer.json")
     if path is None:
         return None
     text = read_text(plan.options.eval_text) if plan.options.eval_text else default_text("eval")
     # A token is at least one byte or so; encoding no more than is needed keeps large files cheap.
     excerpt = text[: 16 * plan.options.eval_tokens]
-    ids = Tokenizer.from_file(str(path)).encode(excerpt, add_special_tokens=False).ids[: plan.options.eval_tokens]
+    ids = (
+        Tokenizer.from_file(str(path))
+        .encode(excerpt, add_special_tokens=False)
+        .ids[: plan.options.eval_tokens]
+    )
     if len(ids) < 2:
         raise InvalidInputError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
     return torch.tensor(ids, dtype=torch.int64)
@@ -88,39 +87,34 @@ def read_text(path: Path) -> str:
         raise InvalidInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def windows(tokens: torch.Tensor, context: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Cut a text into windows laid end to end as one ragged batch.
+def windows(
+    tokens: torch.Tensor, context: int
+) -> tuple[dict[str, Any], list[torch.Tensor], list[torch.Tensor]]:
+    """Cut a text [tokens] into windows laid end to end as one ragged batch.
 
     Returns:
-        Graph inputs, the rows that predict a next token inside their window, and those tokens.
+        Graph inputs; per window the rows that predict a next token inside it; and those tokens.
+        A last window of one token predicts nothing and is left out.
     """
-    count = tokens.numel()
-    starts = torch.arange(0, count, context)
-    boundaries = torch.cat([starts, torch.tensor([count])])
-    position = torch.arange(count) % context
-    # The last row of a window has nothing to predict.
-    rows = torch.nonzero((position[1:] != 0)).flatten()
+    count = tokens.numel() - (tokens.numel() % context == 1)
+    tokens = tokens[:count]
+    device = tokens.device
+    starts = [*range(0, count, context), count]
     inputs = {
         "input_ids": tokens[None],
-        "position_ids": position[None],
-        "query_start": boundaries.to(torch.int32),
+        "position_ids": (torch.arange(count, device=device) % context)[None],
+        "query_start": torch.tensor(starts, dtype=torch.int32, device=device),
         "max_query_len": min(context, count),
     }
-    return inputs, rows, tokens[rows + 1]
+    rows = [torch.arange(a, b - 1, device=device) for a, b in pairwise(starts)]
+    return inputs, rows, [tokens[part + 1] for part in rows]
 
 
 def _program(plan: CompilePlan, graph: GraphModule, stream: WeightStream) -> StreamedProgram:
     lowered = copy.deepcopy(graph)
-    PassManager([GatherLogitsRows(), InsertRaggedAttention()]).run(lowered)
+    PassManager([GatherLogitsRows(), InsertRagged()]).run(lowered)
 
     def fetch(name: str) -> torch.Tensor:
         return stream.tensor(lowered, name).to(plan.device)
 
     return StreamedProgram(lowered, fetch, plan.device)
-
-
-def _to(device: torch.device, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _to(device, item) for name, item in value.items()}
-    return value.to(device) if isinstance(value, torch.Tensor) else value
-

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from qcompiler import __version__
+from qcompiler.checkpoint.identity import checkpoint_fingerprint
 from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
 from qcompiler.estimate import check_resources
 from qcompiler.kernels.errors import QualityGateError
@@ -20,8 +21,9 @@ from qcompiler.options import CompileOptions
 from qcompiler.passes import PassManager, PassResult, lowering_passes
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
+from qcompiler.quality import Quality
 from qcompiler.quantize_weights import WeightStream
-from qcompiler.report import CompileReport, LayerReport, Quality, peak_rss_bytes
+from qcompiler.report import CompileReport, LayerReport, peak_rss_bytes
 from qcompiler.sizes import Sizes
 from qcompiler.workspace import Workspace, writing
 
@@ -51,17 +53,18 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     for note in plan.captured.notes:
         progress.note(note)
     check_resources(plan)
-    with Workspace(output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite) as workspace:
+    with Workspace(
+        output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite
+    ) as workspace:
         stream = WeightStream(plan, workspace)
         resumed = workspace.count
         layers = stream.quantize_all(progress)
         quality = measure_quality(plan, stream, progress)
-        if not within_gate(options, quality):
+        try:
+            check_gate(options, quality)
+        except QualityGateError:
             workspace.discard()
-            raise QualityGateError(
-                f"mean KL divergence {quality.kl_mean:.5f} exceeds --max-kl {options.max_kl:g}; no artifact was kept",  # type: ignore[union-attr]
-                hint="Use more bits or smaller groups, or give the worst layers more with --bits PATTERN=B.",
-            )
+            raise
         with writing(output):
             written = emit(plan, stream, layers, quality)
         workspace.discard()
@@ -95,16 +98,20 @@ def check_output(options: CompileOptions) -> None:
     check_destination(options.output_path, overwrite=options.overwrite)
 
 
-def within_gate(options: CompileOptions, quality: Quality | None) -> bool:
-    """Whether the measured quality passes `--max-kl`; a figure that could not be measured does not pass."""
+def check_gate(options: CompileOptions, quality: Quality | None) -> None:
+    """Hold the measured quality against `--max-kl`; what could not be measured does not pass.
+
+    Raises:
+        QualityGateError: It does not pass.
+    """
     if options.max_kl is None:
-        return True
+        return
     if quality is None:
         raise QualityGateError(
             "--max-kl was given, but the quality of this model could not be measured; no artifact was kept",
             hint="The checkpoint needs a tokenizer.json, and the model must be a decoder.",
         )
-    return quality.kl_mean <= options.max_kl
+    quality.require(options.max_kl)
 
 
 def emit(
@@ -123,7 +130,7 @@ def emit(
         "linears_quantized": len(plan.layers),
         "linears_skipped": [{"name": s.name, "reason": s.reason} for s in plan.skipped],
         "layers": [vars(layer) for layer in layers],
-        "quality": vars(quality) if quality else None,
+        "quality": quality.to_json() if quality else None,
         "passes": [passed(result) for result in plan.passes],
     }
     return write_artifact(
@@ -149,11 +156,14 @@ def tensors_of(graph: GraphModule, stream: WeightStream) -> Iterator[tuple[str, 
 def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
     """What the manifest says of the model and of how it was made."""
     config = plan.captured.config
-    generation = plan.source.generation_config()
+    generation = plan.generation_config()
     details = {
         "producer": f"qcompiler {__version__}",
-        "method": {"name": plan.options.method, "options": plan.method.describe(plan.options.method_options)},
-        "source": {"name": plan.options.model.rstrip("/").rsplit("/", 1)[-1], "fingerprint": plan.checkpoint.fingerprint()},
+        "method": {"name": plan.options.method, "options": plan.method_options},
+        "source": {
+            "name": plan.options.model.rstrip("/").rsplit("/", 1)[-1],
+            "fingerprint": checkpoint_fingerprint(plan.checkpoint.folder),
+        },
         "bits_per_weight": sizes.bits_per_weight,
         "bits_per_weight_linears": sizes.bits_per_weight_linears,
     }
@@ -172,7 +182,7 @@ def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
 
 def carried_files(plan: CompilePlan) -> dict[str, Any]:
     """Tokenizer and configs by file name."""
-    found = {name: plan.source.file(name) for name in (*_CARRIED_FILES, "config.json")}
+    found = {name: plan.file(name) for name in (*_CARRIED_FILES, "config.json")}
     return {name: path for name, path in found.items() if path is not None}
 
 
@@ -190,7 +200,7 @@ def fingerprint(plan: CompilePlan) -> dict[str, Any]:
         "qcompiler": __version__,
         "torch": torch.__version__,
         "device": plan.device.type,
-        "source": plan.checkpoint.fingerprint(),
+        "source": checkpoint_fingerprint(plan.checkpoint.folder),
         "layers": hashlib.sha256(
             repr([(layer.name, layer.spec.to_json()) for layer in plan.layers]).encode()
         ).hexdigest(),

@@ -1,4 +1,4 @@
-"""The plan of a compilation: the captured graph with its linears already rewritten, on meta, before any weight is read."""
+"""The plan of a compilation: the graph, canonical and quantized, on meta; no weight has been read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node
 
 from qcompiler.capture import CapturedModel, ModelSource, capture
 from qcompiler.checkpoint import Checkpoint
+from qcompiler.checkpoint.files import read_json
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.layer_plan import LayerPlan
-from qcompiler.methods import get_method
+from qcompiler.methods.base import get_method
 from qcompiler.options import CompileOptions
 from qcompiler.passes import PassManager, QuantizedLinear, QuantizeLinears, canonical_passes
 from qcompiler.passes.quantize_linears import linear_like, linear_name
@@ -37,6 +38,7 @@ class CompilePlan:
         layers: The chosen linears in graph order.
         skipped: The others, and why.
         method: The quantization method.
+        method_options: Its options, defaults filled in.
         device: Where weights are quantized and quality is measured.
         passes: What each pass did.
     """
@@ -48,6 +50,7 @@ class CompilePlan:
     layers: list[QuantizedLinear]
     skipped: list[SkippedLayer]
     method: Method
+    method_options: dict[str, Any]
     device: torch.device
     passes: list[PassResult] = field(default_factory=list)
 
@@ -63,6 +66,16 @@ class CompilePlan:
         """Activation dtype of the artifact."""
         return self.captured.dtype
 
+    def file(self, name: str) -> Path | None:
+        """A file of the checkpoint's folder, or None if it has none of that name."""
+        path = self.checkpoint.folder / name
+        return path if path.is_file() else None
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, empty if there is none."""
+        path = self.file("generation_config.json")
+        return {} if path is None else read_json(path)
+
 
 def make_plan(options: CompileOptions) -> CompilePlan:
     """Capture the model and decide what happens to each linear. Reads shapes, never weights.
@@ -72,7 +85,8 @@ def make_plan(options: CompileOptions) -> CompilePlan:
         UnsupportedModelError: The model cannot be captured faithfully.
     """
     method = get_method(options.method)
-    settings = method.settings(bits=options.bits, group_size=options.group_size, **options.method_options)
+    method_options = method.validate(options.method_options)
+    method.resolve_spec(options.bits, options.group_size)  # refuses impossible widths before any work
     device = pick_device(options.device)
     source = ModelSource.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
@@ -85,7 +99,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name)
-        return bits if isinstance(bits, str) else method.spec(settings.with_bits(bits), out_features, in_features)
+        return bits if isinstance(bits, str) else method.resolve_spec(bits, options.group_size)
 
     quantized_graph = copy.deepcopy(captured.graph)
     quantize = QuantizeLinears(choose)
@@ -94,7 +108,16 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     layers = result.quantized  # type: ignore[attr-defined]
     layer_plan.check_all_used([layer.name for layer in [*layers, *skipped]])
     return CompilePlan(
-        options, source, captured, quantized_graph, layers, skipped, method, device, [*passes, result]
+        options,
+        source,
+        captured,
+        quantized_graph,
+        layers,
+        skipped,
+        method,
+        method_options,
+        device,
+        [*passes, result],
     )
 
 
@@ -109,7 +132,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidInputError(f"device {name!r} is not known", hint="Use auto, cpu, cuda or cuda:N.") from None
+        raise InvalidInputError(
+            f"device {name!r} is not known", hint="Use auto, cpu, cuda or cuda:N."
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError("device cuda was asked for, but torch sees no GPU", hint="Use --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -120,7 +145,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def output_heads(gm: GraphModule) -> frozenset[str]:
-    """Names of the linears whose result reaches the output through elementwise ops only (soft caps, scales)."""
+    """Names of the linears whose result reaches the output through one-input ops only (soft cap, scale)."""
     (output,) = [node for node in gm.graph.nodes if node.op == "output"]
     heads: set[str] = set()
     frontier: list[Node] = list(output.all_input_nodes)

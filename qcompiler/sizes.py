@@ -20,7 +20,8 @@ class Sizes:
     def __init__(self, plan: CompilePlan):
         numbers = {layer.weight: layer.out_features * layer.in_features for layer in plan.layers}
         stored = sum(
-            get_format(layer.format).nbytes(layer.spec, layer.out_features, layer.in_features) for layer in plan.layers
+            get_format(layer.format).nbytes(layer.spec, layer.out_features, layer.in_features)
+            for layer in plan.layers
         )
         floats = {
             name: tensor.numel()

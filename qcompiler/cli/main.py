@@ -33,23 +33,43 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
     "-b", "--bits", "bits", multiple=True, metavar="B|PATTERN=B",
     help="Bits per weight (default 4); PATTERN=B for some linears, repeatable, the last match wins.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Artifact folder [<model>-<method>-<bits>bit].")
-@click.option("-g", "--group-size", type=int, help="Weights per scale: 16, 32, 64, 128, 256; 0 = per output channel.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Artifact folder [<model>-<method>-<bits>bit]."
+)
+@click.option(
+    "-g", "--group-size", type=int, help="Weights per scale: 16, 32, 64, 128, 256; 0 = per output channel."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Activation dtype.")
+@click.option(
+    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Activation dtype."
+)
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these linears alone; repeatable.")
 @click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
-@click.option("--hqq-solver", type=click.Choice(["search", "reference"]), help="hqq: ours, or the published one.")
-@click.option("--eval-text", type=click.Path(path_type=Path), help="Text for the quality figures [one that ships].")
-@click.option("--eval-tokens", type=int, default=4096, show_default=True, help="Tokens of it; 0 = do not measure.")
+@click.option(
+    "--hqq-solver", type=click.Choice(["search", "reference"]), help="hqq: ours, or the published one."
+)
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path), help="Text for the quality figures [one that ships]."
+)
+@click.option(
+    "--eval-tokens", type=int, default=4096, show_default=True, help="Tokens of it; 0 = do not measure."
+)
 @click.option("--eval-context", type=int, default=512, show_default=True, help="Window length in tokens.")
-@click.option("--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger.")
-@click.option("--dry-run", is_flag=True, help="Print sizes, memory and time needed; read no weights, write nothing.")
+@click.option(
+    "--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print sizes, memory and time needed; read no weights, write nothing."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact; start an unfinished one anew.")
 @click.option("--resume", is_flag=True, help="Continue an unfinished compilation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
-@click.option("--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write every pass's graphs.")
-@click.option("--max-context", type=int, help="Longest context, for models whose rotary frequencies depend on it.")
+@click.option(
+    "--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write every pass's graphs."
+)
+@click.option(
+    "--max-context", type=int, help="Longest context, for models whose rotary frequencies depend on it."
+)
 @click.option("--revision", help="Hub revision.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code from the checkpoint.")
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
@@ -68,7 +88,11 @@ def qcompile(
     if hqq_solver and flags["method"] != "hqq":
         raise InvalidInputError("--hqq-solver belongs to --method hqq", hint="Drop one of them.")
     options = CompileOptions(
-        model=model, bits=4 if default is None else default, bits_overrides=overrides, method_options=method_options, **flags
+        model=model,
+        bits=4 if default is None else default,
+        bits_overrides=overrides,
+        method_options=method_options,
+        **flags,
     )
     # Heavy imports come after the options were found to make sense.
     from qcompiler.progress import ConsoleProgress, Progress
@@ -112,7 +136,7 @@ def run(command: click.Command, argv: list[str] | None = None) -> int:
             _traceback()
         _say(error.message, error.hint)
         return error.exit_code
-    except Exception as error:  # noqa: BLE001  the last line of defence: told as ours, never swallowed
+    except Exception as error:
         if verbose:
             _traceback()
         _say(

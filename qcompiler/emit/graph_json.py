@@ -54,6 +54,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 _SIZE_NAMES = {
     ("input_ids", 1): "T",
     ("logits_rows", 0): "R",
+    ("block_table", 0): "S",
     ("seq_lens", 0): "S",
     ("query_start", 0): "S1",
     ("block_table", 1): "P",
