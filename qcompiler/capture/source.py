@@ -74,6 +74,12 @@ class ModelSource:
         model_class = resolve_class(config, folder if trust_remote_code else None)
         source = cls(config, model_class, name=str(model))
         source.checkpoint = Checkpoint.open(folder, source.skeleton())
+        if source.checkpoint.untied():
+            # as transformers does: the stored values win over the config's word
+            source.checkpoint.close()
+            config.tie_word_embeddings = False
+            source._skeleton = None
+            source.checkpoint = Checkpoint.open(folder, source.skeleton())
         return source
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
