@@ -162,28 +162,28 @@ SUPPORTED: tuple[Family, ...] = (
     Family("eurobert", {}, "bidirectional rotary"),
 )  # fmt: skip
 
-# Rows that must be refused, and a word of the reason that the message must hold.
+# Families that must be refused, each showing a mechanism.
 REFUSED: tuple[Family, ...] = (
-    Family("bloom", {"n_layer": 2, "n_head": 4}, "ALiBi"),
-    Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "ALiBi"),
-    Family("mamba", {}, "linear_attention|convolution|position_ids"),
-    Family("mamba2", {"num_heads": 4, "head_dim": 32, "n_groups": 1}, "linear_attention|convolution|position_ids"),
-    Family("rwkv", {"attention_hidden_size": 64}, "recurrent"),
+    Family("bloom", {"n_layer": 2, "n_head": 4}, "ALiBi: positions enter as a bias on the scores"),
+    Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "ALiBi: positions enter as a bias on the scores"),
+    Family("mamba", {}, "state-space layers"),
+    Family("mamba2", {"num_heads": 4, "head_dim": 32, "n_groups": 1}, "state-space layers"),
+    Family("rwkv", {"attention_hidden_size": 64}, "recurrent layers"),
     Family("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, **_MOE,
            "shared_expert_intermediate_size": 32, "head_dim": 16, "linear_num_value_heads": 4,
-           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "linear_attention"),
-    Family("jamba", {"num_experts": 2}, "linear_attention|convolution|mamba"),
-    Family("recurrent_gemma", {}, "linear_attention|convolution|recurrent"),
-    Family("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "conv"),
+           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "linear attention layers"),
+    Family("jamba", {"num_experts": 2}, "state-space layers"),
+    Family("recurrent_gemma", {}, "recurrent layers"),
+    Family("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "convolution over tokens"),
     Family("t5", {"d_model": 64, "num_layers": 2}, "encoder-decoder"),
     Family("bart", {"d_model": 64}, "encoder-decoder"),
-    Family("vit", {}, "pixel_values"),
-    Family("gemma3", {}, "vision"),
-    Family("falcon", {"alibi": True}, "table of its own"),
-    Family("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "table of its own"),
-    Family("deberta-v2", {}, "own attention"),
-    Family("doge", {}, "mask that the model computed"),
-    Family("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}, "generated guard"),
+    Family("vit", {}, "pictures, not tokens"),
+    Family("gemma3", {}, "a vision tower beside the text model"),
+    Family("falcon", {"alibi": True}, "attention of its own, not reached by the attention interface"),
+    Family("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "attention of its own, not reached by the attention interface"),
+    Family("deberta-v2", {}, "attention of its own"),
+    Family("doge", {}, "a mask that the model computes"),
+    Family("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}, "slices a position table by the number of tokens"),
 )  # fmt: skip
 
 

@@ -12,6 +12,27 @@ from qcompiler.kernels.errors import UnsupportedModelError
 # fp32, two layers: rounding of sums in another order, relative to the largest logit
 TOLERANCE = 1e-5
 TABLE = Path(__file__).parents[2] / "docs" / "support-matrix.md"
+# A part of the message for each refused family; transformers releases differ in which mechanism is met first.
+REASONS = {
+    "bloom": "ALiBi",
+    "mpt": "ALiBi",
+    "mamba": "linear_attention|convolution|position_ids",
+    "mamba2": "linear_attention|convolution|position_ids",
+    "rwkv": "recurrent",
+    "qwen3_next": "linear_attention",
+    "jamba": "linear_attention|convolution|mamba",
+    "recurrent_gemma": "linear_attention|convolution|recurrent",
+    "lfm2": "conv",
+    "t5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "vit": "pixel_values",
+    "gemma3": "vision_config",
+    "falcon": "table of its own",
+    "gptj": "table of its own",
+    "deberta-v2": "its own attention",
+    "doge": "mask that the model computed",
+    "xglm": "guard|tokens",
+}
 
 
 def _skip_unknown(family: Family) -> None:
@@ -35,7 +56,7 @@ def test_captured_family_equals_eager(family: Family) -> None:
 @pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.name)
 def test_refused_family_names_itself_and_the_reason(family: Family) -> None:
     _skip_unknown(family)
-    with pytest.raises(UnsupportedModelError, match=family.shows) as refusal:
+    with pytest.raises(UnsupportedModelError, match=REASONS[family.model_type]) as refusal:
         capture(ModelSource.from_config(family.config()))
     assert family.model_type in str(refusal.value)
     assert refusal.value.exit_code == 2
