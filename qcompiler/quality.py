@@ -182,7 +182,9 @@ def windows(tokens: Sequence[int], context: int, max_tokens: int | None = None) 
         InvalidInputError: `context` is below 2.
     """
     if context < 2:
-        raise InvalidInputError(f"context {context} leaves nothing to predict", hint="Use a context of 2 or more.")
+        raise InvalidInputError(
+            f"context {context} leaves nothing to predict", hint="Use a context of 2 or more."
+        )
     end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
     for start in range(0, end, context):
         window = tokens[start : min(start + context, end)]

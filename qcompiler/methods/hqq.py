@@ -33,11 +33,11 @@ from qcompiler.methods.base import MethodOption
 
 
 class _Search(NamedTuple):
-    """Starting clips of the range on either side, `count` values from `low` to `high`, and the rounds."""
+    """Starting clips of the range on either side, `clips` values from `low` to `high`, and the rounds."""
 
     low: float
     high: float
-    count: int
+    clips: int
     rounds: int = 2
     last_rounds: int = 3
 
@@ -91,7 +91,9 @@ class HQQ(AffineMethod):
         if whole < columns:
             sides.append(weight[:, whole:].float())
         found = [
-            Solution(codes.reshape(rows, -1).to(torch.uint8), scales.reshape(rows, -1), zeros.reshape(rows, -1))
+            Solution(
+                codes.reshape(rows, -1).to(torch.uint8), scales.reshape(rows, -1), zeros.reshape(rows, -1)
+            )
             for codes, scales, zeros in hqq_reference.solve(sides, spec.bits)
         ]
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
@@ -170,8 +172,8 @@ def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     mean = (values * u).sum(dim=1, keepdim=True)
     fit = _Fit((values - mean) / spread, u, top)
     below, above = (low - mean) / spread, (high - mean) / spread
-    step = (search.high - search.low) / (search.count - 1)
-    clips = [search.low + step * i for i in range(search.count)]
+    step = (search.high - search.low) / (search.clips - 1)
+    clips = [search.low + step * i for i in range(search.clips)]
     for clip_low in clips:
         for clip_high in clips:
             start = clip_low * below

@@ -105,7 +105,7 @@ def test_wrong_shapes_and_empty_texts_are_refused():
 def test_gate():
     quality = Quality(10, 1, 0.2, 0.01, 0.9, 12.0, 11.0)
     quality.require(0.2)
-    with pytest.raises(QualityGateError, match="0.2"):
+    with pytest.raises(QualityGateError, match="above the limit"):
         quality.require(0.1)
     with pytest.raises(QualityGateError):
         Quality(10, 1, math.nan, 0.01, 0.9, 12.0, 11.0).require(1.0)
