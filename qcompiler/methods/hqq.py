@@ -51,6 +51,7 @@ _SEARCH = {
     6: _Search(0.92, 1.02, 4),
     8: _Search(0.98, 1.00, 2),
 }
+_FEWEST_ROWS = 32  # fewer do not tell the size of their columns; all count the same then
 _COLUMN_LIMIT = 4.0  # a column counts as at most so many times larger or smaller than the average
 
 
@@ -106,6 +107,8 @@ class HQQ(AffineMethod):
         columns = sums * (math.sqrt(math.pi / 2) / weight.shape[0])
         average = columns.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         relative = (columns / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
+        if weight.shape[0] < _FEWEST_ROWS:
+            relative = torch.ones_like(relative)
         return 1.0 / (relative * average), relative.pow(-2)
 
     def importance(self, rows: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:

@@ -144,6 +144,13 @@ def test_a_scale_moved_from_a_column_to_its_input_changes_nothing_else():
     assert torch.equal(scaled.scales[:, 1:], plain.scales[:, 1:])
 
 
+def test_columns_of_a_few_rows_all_count_the_same():
+    method, weight = get_method("hqq"), weights()["normal"]
+    few, many = (method.statistics(weight[:rows], {})[1] for rows in (8, 48))
+    assert torch.equal(few, torch.ones(512))
+    assert many.std() > 0.1
+
+
 @pytest.mark.slow
 def test_search_keeps_tiny_llama_closer_to_itself_than_the_published_solver():
     transformers = pytest.importorskip("transformers")
