@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -93,7 +93,7 @@ class QuantizeLinears(Pass):
 
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
-        assert isinstance(result, QuantizeResult)  # noqa: S101  made by new_result
+        result = cast("QuantizeResult", result)  # made by new_result
         done: dict[str, QuantizedLinear] = {}
         for node in list(gm.graph.nodes):
             if calls(node, torch.ops.qcompiler.grouped_linear.default) and is_parameter(node.args[1]):

@@ -23,6 +23,7 @@ from qcompiler.passes.graph_utils import (
     same_shape,
     shape_of,
 )
+from qcompiler.passes.norm_patterns import without_widening
 
 
 class Rotation(NamedTuple):
@@ -59,12 +60,13 @@ def _match_whole(node: Node) -> Rotation | None:
         if not calls(straight, aten.mul.Tensor) or not calls(crossed, aten.mul.Tensor):
             continue
         for turned in crossed.args:
-            turn = _turned(turned)
-            if turn is not None and turn[0] in straight.args and is_tensor(other(straight.args, turn[0])):
-                x, interleaved = turn
-                cos, sin = other(straight.args, x), other(crossed.args, turned)
-                if is_tensor(sin):
-                    return Rotation(node, x, None, cos, sin, interleaved, False)
+            turn = _turned(without_widening(turned)) if is_tensor(turned) else None
+            if turn is None or not all(map(is_tensor, (*straight.args, *crossed.args))):
+                continue
+            for x in straight.args:
+                if without_widening(x) is without_widening(turn[0]):
+                    cos, sin = other(straight.args, x), other(crossed.args, turned)
+                    return Rotation(node, x, None, cos, sin, turn[1], False)
     return None
 
 

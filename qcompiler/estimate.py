@@ -88,8 +88,9 @@ class Estimate:
             reasons.setdefault(skipped.reason, []).append(skipped.name)
         for reason, names in reasons.items():
             console.print(escape(f"skipped {len(names)}: {reason} ({shorten(names)})"), highlight=False)
+        linears = f"{self.bits_per_weight_linears:.3f} in the quantized linears"
         for label, text in (
-            ("bits per weight", f"{self.bits_per_weight:.3f} ({self.bits_per_weight_linears:.3f} in the quantized linears)"),
+            ("bits per weight", f"{self.bits_per_weight:.3f} with embeddings, {linears}"),
             ("size", format_bytes(self.bytes)),
             ("memory needed", format_bytes(self.memory_bytes)
              + (f", GPU {format_bytes(self.gpu_memory_bytes)}" if self.gpu_memory_bytes else "")),
@@ -186,7 +187,7 @@ def disk_needed(sizes: Sizes) -> int:
 
 
 def seconds_needed(plan: CompilePlan) -> float:
-    """Seconds to quantize all linears and to read and write them, from timing the method on one sample here."""
+    """Seconds to quantize all linears and move their bytes, from timing the method on a sample here."""
     if not plan.layers:
         return 0.0
     generator = torch.Generator().manual_seed(0)

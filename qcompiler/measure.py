@@ -21,7 +21,7 @@ from qcompiler.quantize_weights import WeightStream
 
 
 def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress) -> Quality | None:
-    """KL divergence, top-1 agreement and perplexities on the evaluation text; None where they have no meaning.
+    """KL divergence, top-1 agreement, perplexities on the evaluation text; None where they have no meaning.
 
     Both models run in the artifact's dtype: what is deployed is what is measured.
     """

@@ -60,12 +60,11 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         resumed = workspace.count
         layers = stream.quantize_all(progress)
         quality = measure_quality(plan, stream, progress)
-        if not within_gate(options, quality):
+        try:
+            check_gate(options, quality)
+        except QualityGateError:
             workspace.discard()
-            raise QualityGateError(
-                f"mean KL divergence {quality.kl_mean:.5f} exceeds --max-kl {options.max_kl:g}; no artifact was kept",  # type: ignore[union-attr]
-                hint="Use more bits or smaller groups, or give the worst layers more with --bits PATTERN=B.",
-            )
+            raise
         with writing(output):
             written = emit(plan, stream, layers, quality)
         workspace.discard()
@@ -99,16 +98,20 @@ def check_output(options: CompileOptions) -> None:
     check_destination(options.output_path, overwrite=options.overwrite)
 
 
-def within_gate(options: CompileOptions, quality: Quality | None) -> bool:
-    """Whether the measured quality passes `--max-kl`; a figure that could not be measured does not pass."""
+def check_gate(options: CompileOptions, quality: Quality | None) -> None:
+    """Hold the measured quality against `--max-kl`; what could not be measured does not pass.
+
+    Raises:
+        QualityGateError: It does not pass.
+    """
     if options.max_kl is None:
-        return True
+        return
     if quality is None:
         raise QualityGateError(
             "--max-kl was given, but the quality of this model could not be measured; no artifact was kept",
             hint="The checkpoint needs a tokenizer.json, and the model must be a decoder.",
         )
-    return quality.kl_mean <= options.max_kl
+    quality.require(options.max_kl)
 
 
 def emit(

@@ -1,4 +1,4 @@
-"""The plan of a compilation: the captured graph with its linears already rewritten, on meta, before any weight is read."""
+"""The plan of a compilation: the graph, canonical and quantized, on meta; no weight has been read."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def output_heads(gm: GraphModule) -> frozenset[str]:
-    """Names of the linears whose result reaches the output through elementwise ops only (soft caps, scales)."""
+    """Names of the linears whose result reaches the output through one-input ops only (soft cap, scale)."""
     (output,) = [node for node in gm.graph.nodes if node.op == "output"]
     heads: set[str] = set()
     frontier: list[Node] = list(output.all_input_nodes)

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; the switch must be set before triton is imported."""
+"""Without a GPU, Triton kernels run in its interpreter; the switch must be set before triton is imported."""
 
 from __future__ import annotations
 

@@ -35,20 +35,24 @@ def prefill_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
     """
     block_m = min(max(next_power_of_2(rows), _MIN_DOT), 128)
     if itemsize == 4:  # true fp32 products run on the plain ALUs and spill early
-        return Tile(min(block_m, 32), 32 if head_dim <= 128 else 16, 4, 1)
+        return Tile(min(block_m, 32), 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
     if head_dim <= 64:
         return Tile(block_m, 64, 4, 3)
     if head_dim <= 128:
         return Tile(block_m, 64, 8 if block_m == 128 else 4, 3)
-    return Tile(min(block_m, 64), 32, 4, 2)
+    if head_dim <= 256:
+        return Tile(block_m, 32, 8 if block_m >= 64 else 4, 2)
+    return Tile(min(block_m, 32), 32, 8, 2)
 
 
 def decode_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
     """Tile of the decode kernel; arguments as in `prefill_tile`, rows being the heads of a group."""
     block_m = min(max(next_power_of_2(rows), _MIN_DOT), 64)
     if itemsize == 4:
-        return Tile(min(block_m, 16), 32 if head_dim <= 128 else 16, 4, 1)
-    return Tile(block_m, 64 if head_dim <= 128 else 32, 4, 3)
+        return Tile(16, 32, 4, 1) if head_dim <= 128 else Tile(16, 16, 4 if head_dim <= 256 else 8, 1)
+    if head_dim <= 256:
+        return Tile(block_m, 64 if head_dim <= 128 else 32, 4, 3)
+    return Tile(min(block_m, 16), 32, 8, 2)
 
 
 def decode_splits(programs: int, max_keys: int, block_n: int, sms: int) -> int:
@@ -77,7 +81,7 @@ def attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """CUDA provider of `qcompiler::attention`; the plain cases go to torch's own fused kernels."""
-    batch, heads, rows, head_dim = q.shape
+    rows, head_dim = q.shape[2:]
     keys, channels = k.shape[2], v.shape[3]
     plain = not (window or chunk or softcap) and sinks is None and head_dim == channels
     if plain and (not causal or rows == keys):

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -125,7 +124,7 @@ def decode_kernel(
         tl.store(lse_ptr + slot, top + tl.log2(total), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def combine_kernel(
     partial_ptr,
     lse_ptr,

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences"])
 def prefill_kernel(
     q_ptr,
     k_ptr,
@@ -66,8 +65,8 @@ def prefill_kernel(
     kv_head = tl.program_id(1) // head_tiles
     head_tile = tl.program_id(1) % head_tiles
 
-    # Sequence s owns the blocks from query_start[s] // TILE_TOKENS + s on, always enough of them. The rows after
-    # the last sequence are one more sequence without keys: its tiles write the zeros.
+    # Sequence s owns the blocks from query_start[s] // TILE_TOKENS + s on, always enough of them. The rows
+    # after the last sequence are one more sequence without keys: its tiles write the zeros.
     index = tl.arange(0, SEQUENCES_P2)
     starts = tl.load(query_start_ptr + index, mask=index <= sequences, other=0)
     owned = (index <= sequences) & (starts // TILE_TOKENS + index <= block)
@@ -98,7 +97,7 @@ def prefill_kernel(
     q_at = (first + token).to(tl.int64)[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :]
     q = tl.load(q_ptr + q_at, mask=live[:, None] & (d[None, :] < D), other=0.0)
 
-    # Bounds on the keys that some row of the tile sees [low, high) and that every row sees [full_low, full_high).
+    # Keys that some row of the tile may see: [low, high); that every row sees: [full_low, full_high).
     position_low = keys - length + first_token
     position_high = tl.minimum(position_low + TILE_TOKENS, keys) - 1
     low = 0
@@ -137,12 +136,15 @@ def prefill_kernel(
 
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
-    table = table_ptr + sequence.to(tl.int64) * stride_table
+    table = table_ptr
+    if PAGED:
+        table += sequence.to(tl.int64) * stride_table
     if WINDOW > 0 or CHUNK > 0:
         acc, top, total = attend_tiles(
             acc, top, total, q, positions, low, full_low, keys, k_ptr, v_ptr, table, key_base,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, scale, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGED, PAGE_SIZE, PRECISION, True,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGED, PAGE_SIZE, PRECISION,
+            True,
         )  # fmt: skip
     acc, top, total = attend_tiles(
         acc, top, total, q, positions, full_low, full_high, keys, k_ptr, v_ptr, table, key_base,
@@ -156,5 +158,9 @@ def prefill_kernel(
     )  # fmt: skip
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = (first + token).to(tl.int64)[:, None] * stride_out_token + head[:, None] * stride_out_head + dv[None, :]
+    at = (
+        (first + token).to(tl.int64)[:, None] * stride_out_token
+        + head[:, None] * stride_out_head
+        + dv[None, :]
+    )
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dv[None, :] < DV))

@@ -25,7 +25,7 @@ def tile_offsets(
     PAGED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Element offsets int64 [BLOCK_N] of the cache rows of `keys`, which begin at the BLOCK_N multiple `start`."""
+    """Element offsets int64 [BLOCK_N] of the cache rows of `keys`; `start`, the first, divides by BLOCK_N."""
     if PAGED:
         if PAGE_SIZE % BLOCK_N == 0:  # the whole tile lies in one page
             page = tl.load(table + start // PAGE_SIZE).to(tl.int64)

@@ -15,7 +15,7 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; an H100's 132 for the interpreter."""
     if device.type != "cuda":
@@ -32,7 +32,8 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     """Address x [..., N] as rows at `r // inner · outer_stride + r % inner · inner_stride`.
 
     Slices of a fused projection, also when split into heads, are read in place;
-    anything less regular is copied.
+    anything less regular is copied. One run of rows has inner 1, which Triton
+    compiles away.
 
     Returns:
         (x or its copy, rows, inner, outer_stride, inner_stride), strides in elements.
@@ -46,7 +47,7 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
     if not groups:
         groups = [(1, columns)]
     if len(groups) == 1:
-        groups = [(1, 0), *groups]
+        groups.append((1, 0))
     (_, outer_stride), (inner, inner_stride) = groups
     return x, rows, max(inner, 1), outer_stride, inner_stride
 

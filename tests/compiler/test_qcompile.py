@@ -46,8 +46,8 @@ def test_json_prints_one_object_with_the_documented_keys(random_llama, artifact_
     assert code == 0
     result = json.loads(stdout)
     assert {
-        "output", "bytes", "bits_per_weight", "bits_per_weight_linears", "linears_quantized", "linears_skipped",
-        "seconds", "peak_rss_bytes", "peak_gpu_bytes", "quality", "manifest_sha256",
+        "output", "bytes", "bits_per_weight", "bits_per_weight_linears", "linears_quantized",
+        "linears_skipped", "seconds", "peak_rss_bytes", "peak_gpu_bytes", "quality", "manifest_sha256",
     } <= set(result)  # fmt: skip
     assert set(result["quality"]) >= {
         "tokens", "kl_mean", "kl_se", "top1_agreement", "perplexity", "perplexity_original",
