@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, spread_high
 
 
 @triton.jit
 def _scale_and_offset(scales, zeros, at, CENTRE: tl.constexpr):
-    """scale and (centre − zero)·scale, float32."""
+    """Scale and (centre − zero)·scale, float32."""
     scale = tl.load(scales + at).to(tl.float32)
     return scale, (CENTRE - tl.load(zeros + at).to(tl.float32)) * scale
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 
 
@@ -19,7 +18,7 @@ def _x_pair(x, at, present, K, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, HALF: 
     if PAIRS:
         mask = present if EVEN_K else present & (2 * at < K)
         pair = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
-        if HALF == tl.bfloat16:
+        if tl.bfloat16 == HALF:
             return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
         else:
             even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
@@ -175,7 +174,9 @@ def dequantize_affine_kernel(
 
 
 @triton.jit
-def sum_partials(partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_partials(
+    partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN
