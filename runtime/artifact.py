@@ -53,7 +53,8 @@ class Artifact:
         tensor = self.tensors.read(name, device)
         if name in self._checked and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(
-                f"{self.tensors.file_of[name]}: tensor {name!r} of layer {self._checked[name]!r} holds NaN or Inf"
+                f"{self.tensors.file_of[name]}: tensor {name!r} of layer {self._checked[name]!r} "
+                "holds NaN or Inf"
             )
         return tensor
 
@@ -150,7 +151,8 @@ def _check_op_versions(manifest: Manifest) -> None:
         known = OP_LIBRARIES.get(library)
         if known is None or version > known:
             raise ArtifactError(
-                f"{MANIFEST}: needs op library {library[:40]!r} version {version}, this runtime has {known or 'none'}",
+                f"{MANIFEST}: needs op library {library[:40]!r} version {version}, "
+                f"this runtime has {known or 'none'}",
                 hint="Upgrade: pip install -U qcompiler",
             )
 
@@ -170,11 +172,15 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
     where = f"{MANIFEST}: layer {layer.name!r}"
     try:
         format_ = get_format(layer.format)
-        specs = format_.tensor_specs(format_.spec_from_json(layer.spec), layer.out_features, layer.in_features)
+        specs = format_.tensor_specs(
+            format_.spec_from_json(layer.spec), layer.out_features, layer.in_features
+        )
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
     if set(specs) != set(layer.tensors):
-        raise ArtifactError(f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}")
+        raise ArtifactError(
+            f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}"
+        )
     for part, spec in specs.items():
         name = layer.tensors[part]
         entry = tensors.entries.get(name)
@@ -183,7 +189,8 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
         if entry.shape != tuple(spec.shape) or entry.dtype != spec.dtype:
             raise ArtifactError(
                 f"{tensors.file_of[name]}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, but "
-                f"{layer.spec} of [{layer.out_features}, {layer.in_features}] needs {spec.dtype} {list(spec.shape)}"
+                f"{layer.spec} of [{layer.out_features}, {layer.in_features}] needs "
+                f"{spec.dtype} {list(spec.shape)}"
             )
 
 

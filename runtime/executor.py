@@ -51,7 +51,7 @@ class Executor:
         self._pool: Any = None
 
     def run(self, spans: list[Span]) -> torch.Tensor:
-        """Logits [rows, vocabulary] of one step, rows in the order of the spans; valid until the next step."""
+        """Logits [rows, vocabulary] of one step, in the order of the spans; valid until the next step."""
         batch = StepBatch(spans, self.page_size, self.position_offset)
         if self._use_graphs and batch.is_decode and len(spans) <= DECODE_SIZES[-1]:
             return self._replay(batch)

@@ -126,7 +126,9 @@ def decode(raw: Any, where: str = "graph.json") -> Graph:
     if len(decoder.known) != len(inputs):
         raise ArtifactError(f"{where}: two inputs have the same name")
     nodes = [decoder.node(n) for n in _list(top["nodes"], f"{where} nodes", MAX_NODES)]
-    outputs = [decoder.value(o, f"{where}: output") for o in _list(top["outputs"], f"{where} outputs", MAX_ARGS)]
+    outputs = [
+        decoder.value(o, f"{where}: output") for o in _list(top["outputs"], f"{where} outputs", MAX_ARGS)
+    ]
     if not outputs or not all(isinstance(o, Ref) for o in outputs):
         raise ArtifactError(f"{where}: outputs must be references to nodes")
     return Graph(top["kind"], inputs, weights, nodes, outputs, frozenset(decoder.written))
@@ -152,7 +154,9 @@ class _Decoder:
         self.written: set[str] = set()
 
     def node(self, raw: Any) -> Node:
-        raw = _object(raw, f"{self.where}: node", required={"name", "op", "args"}, optional={"kwargs", "dtype", "shape"})
+        raw = _object(
+            raw, f"{self.where}: node", required={"name", "op", "args"}, optional={"kwargs", "dtype", "shape"}
+        )
         name, op = raw["name"], raw["op"]
         if not isinstance(name, str) or not _NODE_NAME.fullmatch(name) or name in self.known:
             raise ArtifactError(f"{self.where}: node name {str(name)[:80]!r} is malformed or taken")
@@ -228,7 +232,10 @@ class _Decoder:
             shared |= roots
             if alias.is_write:
                 self.written |= roots
-                paged = str(target) == "qcompiler.kv_append.default" and argument.name in ("k_pages", "v_pages")
+                paged = str(target) == "qcompiler.kv_append.default" and argument.name in (
+                    "k_pages",
+                    "v_pages",
+                )
                 foreign = {r for r in roots if r.startswith(("input ", "weight "))}
                 if foreign and not (paged and all(r.startswith("input ") for r in foreign)):
                     raise ArtifactError(f"{where}: writes in place to {min(foreign)}, which is not its own")
@@ -308,12 +315,24 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 # Ops whose result's size is what the graph says rather than what its inputs are.
 _CREATES = frozenset(
-    f"aten.{n}"
-    for n in (
-        "arange.default arange.start arange.start_step empty.memory_format full.default ones.default zeros.default "
-        "new_empty.default new_full.default new_ones.default new_zeros.default repeat.default tile.default "
-        "repeat_interleave.self_int one_hot.default histc.default"
-    ).split()
+    {
+        "aten.arange.default",
+        "aten.arange.start",
+        "aten.arange.start_step",
+        "aten.empty.memory_format",
+        "aten.full.default",
+        "aten.histc.default",
+        "aten.new_empty.default",
+        "aten.new_full.default",
+        "aten.new_ones.default",
+        "aten.new_zeros.default",
+        "aten.one_hot.default",
+        "aten.ones.default",
+        "aten.repeat.default",
+        "aten.repeat_interleave.self_int",
+        "aten.tile.default",
+        "aten.zeros.default",
+    }
 )
 
 

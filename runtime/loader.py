@@ -1,4 +1,4 @@
-"""From a verified artifact to a program on a device: weights moved, linear layers given to the best provider."""
+"""From a verified artifact to a program on a device: weights moved, linears given to a provider."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
     if device is None:
         if not torch.cuda.is_available():
             if not requirement.fallback:
-                raise ArtifactError("the artifact runs on a GPU only, and this machine has none that torch can use")
+                raise ArtifactError(
+                    "the artifact runs on a GPU only, and this machine has none that torch can use"
+                )
             return torch.device("cpu")
         obstacle = gpu_obstacle(requirement, torch.cuda.get_device_capability())
         if obstacle is None:
@@ -46,7 +48,9 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
             raise InvalidInputError("no CUDA device can be used here", hint="Use --device cpu.")
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
-            raise InvalidInputError(f"there is no {device}; {torch.cuda.device_count()} CUDA devices are visible")
+            raise InvalidInputError(
+                f"there is no {device}; {torch.cuda.device_count()} CUDA devices are visible"
+            )
         obstacle = gpu_obstacle(requirement, torch.cuda.get_device_capability(index))
         if obstacle is not None:
             raise ArtifactError(obstacle, hint="Use --device cpu, or compile for this GPU.")
@@ -101,11 +105,11 @@ class _Loader:
         call = bind(node)
         names = {part: value.name for part, value in call.items() if isinstance(value, Weight)}
         dynamic = {part: value for part, value in call.items() if isinstance(value, Ref)}
-        settings = {part: v for part, v in call.items() if part not in names and part not in dynamic and v is not None}
+        settings = {
+            part: v for part, v in call.items() if part not in names and part not in dynamic and v is not None
+        }
         tensors = {part: self.artifact.read(name, self.device) for part, name in names.items()}
-        provider = select_provider(
-            node.op.split(".")[1], settings, tensors, self.device, self.artifact.dtype
-        )
+        provider = select_provider(node.op.split(".")[1], settings, tensors, self.device, self.artifact.dtype)
         if provider.op is node.target:
             for part, name in names.items():
                 self.weights.setdefault(name, tensors[part])

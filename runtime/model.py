@@ -1,15 +1,16 @@
 """`load` an artifact and generate from it.
 
-    model = load("tiny-llama-hqq-4bit")
-    model.generate("Once upon a time", max_tokens=50)
-    for piece in model.generate("Once upon a time", stream=True):
-        print(piece, end="")
+model = load("tiny-llama-hqq-4bit")
+model.generate("Once upon a time", max_tokens=50)
+for piece in model.generate("Once upon a time", stream=True):
+    print(piece, end="")
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -112,7 +113,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """ "decoder" or "encoder"."""
+        """Either "decoder" or "encoder"."""
         return self.artifact.manifest.kind
 
     @property
@@ -147,7 +148,8 @@ class Model:
             path = self.artifact.path("tokenizer.json")
             if path is None:
                 raise ArtifactError(
-                    "the artifact has no tokenizer.json", hint="Use generate_tokens() and logits() with token ids."
+                    "the artifact has no tokenizer.json",
+                    hint="Use generate_tokens() and logits() with token ids.",
                 )
             self._tokenizer = Tokenizer(path, self.artifact.json("tokenizer_config.json"))
         return self._tokenizer
@@ -162,10 +164,13 @@ class Model:
         if self._template is None:
             path = self.artifact.path("chat_template.jinja")
             source = find_template(
-                self.artifact.json("tokenizer_config.json"), path.read_text(encoding="utf-8") if path else None
+                self.artifact.json("tokenizer_config.json"),
+                path.read_text(encoding="utf-8") if path else None,
             )
             if source is None:
-                raise InvalidInputError("the artifact has no chat template", hint="Use generate() with plain text.")
+                raise InvalidInputError(
+                    "the artifact has no chat template", hint="Use generate() with plain text."
+                )
             self._template = ChatTemplate(source, self.tokenizer.special_tokens)
         return self._template
 
@@ -216,7 +221,7 @@ class Model:
     def generate_tokens(self, prompt: Seq[Seq[int]], **sampling: Any) -> list[Generation]: ...
 
     def generate_tokens(self, prompt: Any, **sampling: Any) -> Any:
-        """Continue token ids, one list or a list of lists; needs no tokenizer unless there are stop strings."""
+        """Continue token ids, one list or a list of lists; only stop strings need a tokenizer."""
         params = SamplingParams.make(**sampling)
         prompts = list(prompt)
         if prompts and all(isinstance(p, (list, tuple)) for p in prompts):
@@ -224,7 +229,9 @@ class Model:
         return self._complete([_token_list(prompts)], params)[0]
 
     @overload
-    def chat(self, messages: Seq[Mapping[str, Any]], *, stream: Literal[False] = False, **sampling: Any) -> str: ...
+    def chat(
+        self, messages: Seq[Mapping[str, Any]], *, stream: Literal[False] = False, **sampling: Any
+    ) -> str: ...
     @overload
     def chat(
         self, messages: Seq[Mapping[str, Any]], *, stream: Literal[True], **sampling: Any
@@ -249,21 +256,19 @@ class Model:
         return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
 
     def logits(self, token_ids: Seq[int]) -> torch.Tensor:
-        """Logits float32 [tokens, vocabulary] of a sequence (encoders: the output [tokens, …]), on the CPU."""
+        """Logits float32 [tokens, vocabulary] of a sequence on the CPU; an encoder's output [tokens, …]."""
         tokens = _token_list(token_ids)
         if self._engine is None:
             return self._encode([tokens])[0].float().cpu()
         parts = [part.float().cpu() for _, _, part in self._engine.score([tokens])]
         return torch.cat(parts)
 
-    def encode(
-        self, text: str | Seq[str], *, pooling: Pooling = "none"
-    ) -> torch.Tensor | list[torch.Tensor]:
+    def encode(self, text: str | Seq[str], *, pooling: Pooling = "none") -> torch.Tensor | list[torch.Tensor]:
         """Output of an encoder for one text or several, computed as one ragged batch.
 
         Args:
             text: A text, or a list of texts.
-            pooling: "none" gives [tokens, …] per text; "mean" and "first" (the leading token) one row per text.
+            pooling: "none" gives [tokens, …] per text; "mean" and "first" (leading token) one row.
 
         Returns:
             float32 on the CPU: a tensor, or a list of tensors.
@@ -284,7 +289,9 @@ class Model:
         info = self.artifact.manifest.model
         for tokens in prompts:
             if not tokens or len(tokens) > info.max_context:
-                raise InvalidInputError(f"a text of {len(tokens)} tokens: 1 to {info.max_context} are possible")
+                raise InvalidInputError(
+                    f"a text of {len(tokens)} tokens: 1 to {info.max_context} are possible"
+                )
             if min(tokens) < 0 or max(tokens) >= info.vocab_size:
                 raise InvalidInputError(f"a token id is not in the vocabulary of {info.vocab_size}")
         flat = torch.tensor([[t for p in prompts for t in p]], device=self.device)
@@ -352,11 +359,15 @@ class Model:
 class _Request:
     """A sequence of the engine together with the text that comes of it."""
 
-    def __init__(self, engine: Engine, tokens: list[int], params: SamplingParams, tokenizer: Tokenizer | None):
+    def __init__(
+        self, engine: Engine, tokens: list[int], params: SamplingParams, tokenizer: Tokenizer | None
+    ):
         self._text = TextStream(tokenizer, params.stop) if tokenizer is not None else None
         self._pieces: deque[str] = deque()
         self._ended = False
-        self.sequence: Sequence = engine.add(tokens, params, watch=self._watch if self._text is not None else None)
+        self.sequence: Sequence = engine.add(
+            tokens, params, watch=self._watch if self._text is not None else None
+        )
 
     def _watch(self, token: int) -> bool:
         assert self._text is not None  # noqa: S101  (watched only with text)

@@ -131,7 +131,7 @@ class TextStream:
         self.stopped = False
 
     def add(self, ids: Sequence[int]) -> str:
-        """Text that is now certain; sets `stopped` when a stop string is complete, which ends the text before it."""
+        """Text that is now certain; a complete stop string sets `stopped` and ends the text before it."""
         return "" if self.stopped else self._release(self._detokenizer.add(ids), final=False)
 
     def finish(self) -> str:

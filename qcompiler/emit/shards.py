@@ -1,4 +1,4 @@
-"""Weight shards: safetensors files written from a stream of tensors with bounded memory and the same bytes every time.
+"""Weight shards: safetensors files written from a stream of tensors, bounded in memory, always the same bytes.
 
 Tensors are collected until a shard is full, then written sorted by alignment
 and name, so that the bytes depend on the tensors and their order alone.

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import click
 
-from qcompiler.runtime.cli.options import artifact_argument, common, console, device, load_model, print_json, read_text
+from qcompiler.runtime.cli.options import (
+    artifact_argument,
+    common,
+    console,
+    device,
+    load_model,
+    print_json,
+    read_text,
+)
 
 
 @click.command("eval")
 @artifact_argument
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text file to score.")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text file to score."
+)
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, default=None, help="Use only the text's first tokens.")
 @device

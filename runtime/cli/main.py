@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
         # The reader of stdout went away; what is left in the buffer has nowhere to go.
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    except Exception as e:  # noqa: BLE001  (the last line of defence of a command line)
+    except Exception as e:
         return _report(e, verbose=verbose)
 
 
