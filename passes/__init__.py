@@ -23,7 +23,17 @@ from qcompiler.passes.graph_text import graph_text
 from qcompiler.passes.insert_paged_kv_cache import InsertPagedKVCache, InsertRagged
 from qcompiler.passes.manager import PassManager
 from qcompiler.passes.quantize_linears import QuantizedLinear, QuantizeLinears, QuantizeResult
-from qcompiler.passes.weights import Concat, Loaded, Quantized, Recipe, Zeros, resolve, sources, weight_recipes
+from qcompiler.passes.select_kernels import SelectKernels
+from qcompiler.passes.weights import (
+    Concat,
+    Loaded,
+    Quantized,
+    Recipe,
+    Zeros,
+    resolve,
+    sources,
+    weight_recipes,
+)
 
 __all__ = [
     "AddmmToLinear",
@@ -43,13 +53,14 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
-    "Quantized",
     "QuantizeLinears",
     "QuantizeResult",
+    "Quantized",
     "QuantizedLinear",
     "Recipe",
     "RemoveAsserts",
     "RemoveNoOps",
+    "SelectKernels",
     "Skip",
     "Zeros",
     "canonical_passes",
