@@ -41,7 +41,7 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
         return torch.device("cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InvalidInputError(f"{device!r} is not a device", hint="Use cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():

@@ -8,6 +8,7 @@ for piece in model.generate("Once upon a time", stream=True):
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -200,6 +201,8 @@ class Model:
             InvalidInputError: an option out of range, or a prompt that is empty or too long.
         """
         single = isinstance(prompt, str)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise InvalidInputError(f"a prompt must be text or a list of texts, not {type(prompt).__name__}")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         params = SamplingParams.make(**sampling)
         prompts = [self.tokenizer.encode(text) for text in texts]
@@ -407,7 +410,7 @@ def _eos_token_ids(artifact: Artifact) -> tuple[int, ...]:
 
 
 def _token_list(tokens: Any) -> list[int]:
-    values = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    if not all(type(t) is int for t in values):
-        raise InvalidInputError("token ids must be whole numbers")
-    return values
+    try:
+        return [operator.index(t) for t in (tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)]
+    except TypeError:
+        raise InvalidInputError("token ids must be a list of whole numbers") from None
