@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, spread_high
 
 
 @triton.jit
 def _scale_and_offset(scales, zeros, at, CENTRE: tl.constexpr):
-    """scale and (centre − zero)·scale, float32."""
+    """Scale and (centre − zero)·scale, float32."""
     scale = tl.load(scales + at).to(tl.float32)
     return scale, (CENTRE - tl.load(zeros + at).to(tl.float32)) * scale
 
@@ -38,7 +37,6 @@ def linear_affine_gemm(
     words,
     x_stride,
     tiles_per_split,
-    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -110,7 +108,7 @@ def linear_affine_gemm(
             else:
                 groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
                 scale, offset = _scale_and_offset(scales, zeros, groups[None, :] * N + row[:, None], CENTRE)
-            weight = dequantize_plane(word, upper, magic, scale, offset, j, BITS, HALF, COMPILED)
+            weight = dequantize_plane(word, upper, scale, offset, j, BITS, HALF, COMPILED)
             acc = tl.dot(weight, xt, acc, input_precision="ieee")
 
     if HAS_BIAS:
