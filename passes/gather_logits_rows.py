@@ -42,14 +42,15 @@ class GatherLogitsRows(Pass):
 
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and is_tensor(n)]
         outputs = output_node_values(gm.graph)
+        values = [value(node) for node in outputs]
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and is_tensor(n)]
         if any(node.target == "logits_rows" for node in inputs):
             return
-        if len(outputs) != 1 or not inputs or not is_tensor(outputs[0]):
+        if len(values) != 1 or not inputs or not isinstance(values[0], torch.Tensor):
             result.skip("output", f"the graph has {len(outputs)} outputs, expected the logits alone")
             return
-        tokens = shape_of(inputs[0])[-1]
+        tokens = shape_of(inputs[0])[1 if rank_of(inputs[0]) > 1 else 0]
         if not _has_rows(outputs[0], tokens):
             result.skip(outputs[0], f"its shape {list(shape_of(outputs[0]))} is not [1, tokens, …]")
             return
@@ -74,7 +75,7 @@ def _gather(gm: GraphModule, output: Node, tail: set[Node], tokens: Any) -> None
                     readers.setdefault(source, []).append(node)
     selected = []
     for source, users in readers.items():
-        with graph.inserting_after(source):
+        with graph.inserting_before(min(users)):
             narrow = insert_call(graph, aten.index_select.default, (source, 1, rows), like=source)
         for user in users:
             user.replace_input_with(source, narrow)

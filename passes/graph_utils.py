@@ -417,10 +417,14 @@ def single_reader(node: Node, *inner: Node) -> bool:
 def plain_signature(gm: GraphModule) -> None:
     """Make the graph's placeholders its positional arguments and its output what it returns.
 
-    torch.export's modules flatten their inputs by a recorded tree, which inputs added by a pass
-    would not fit. A single output stays a single tensor.
+    torch.export's modules flatten their inputs by a recorded tree and check them in a hook, which
+    inputs added by a pass would not fit. A single output stays a single tensor.
     """
     graph = gm.graph
+    for key, hook in list(gm._forward_pre_hooks.items()):
+        if getattr(hook, "__name__", "") == "_check_input_constraints_pre_hook":
+            del gm._forward_pre_hooks[key]
+            gm._forward_pre_hooks_with_kwargs.pop(key, None)
     info = getattr(graph._codegen, "pytree_info", None)
     if info is None:
         return

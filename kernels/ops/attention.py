@@ -188,8 +188,10 @@ def attend(
     return result
 
 
-def check_heads(q_heads: int, k_heads: int, v_heads: int, q_dim: int, k_dim: int) -> None:
-    """Raise `InvalidInputError` unless the head counts and head dimensions fit together."""
+def check_heads(q_heads: int, k_heads: int, v_heads: int, q_dim: int, k_dim: int, scale: float) -> None:
+    """Raise `InvalidInputError` unless head counts and dimensions fit together and the scale is positive."""
+    if not scale > 0:
+        raise InvalidInputError(f"attention: scale {scale} is not positive")
     if k_heads != v_heads or q_heads % k_heads != 0:
         raise InvalidInputError(
             f"attention: {q_heads} query heads cannot share {k_heads} key and {v_heads} value heads",
@@ -210,7 +212,7 @@ def _reference(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3], scale)
     return attend(
         q, k, v, scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, sinks=sinks
     )
@@ -227,7 +229,7 @@ def _fake(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3], scale)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 

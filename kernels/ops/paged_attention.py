@@ -32,7 +32,7 @@ def _reference(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3])
+    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3], scale)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     live = [s for s, n in enumerate(lengths) if n > 0 and starts[s + 1] > starts[s]]
     out = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[-1])
@@ -140,7 +140,7 @@ def _fake(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3])
+    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3], scale)
     return q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))
 
 

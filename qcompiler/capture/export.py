@@ -18,8 +18,9 @@ from torch._dynamo.exc import UserError, UserErrorType
 from qcompiler.capture.buffers import materialize_buffers
 from qcompiler.capture.graph import GraphBuilder
 from qcompiler.capture.ragged import check_ragged, indices_to_positions
+from qcompiler.capture.refusals import refuse_by_structure
 from qcompiler.capture.rope import freeze_rope
-from qcompiler.capture.source import ModelSource
+from qcompiler.capture.source import ModelSource, build_skeleton
 from qcompiler.kernels.errors import QCompilerError, UnsupportedModelError
 
 # Tokens of the example that is traced: unlike any dimension of a model, so that no size is mistaken for T.
@@ -77,9 +78,8 @@ def capture(source: ModelSource, dtype: torch.dtype | None = None, *, max_contex
 
 
 def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | None) -> CapturedModel:
-    from qcompiler.capture.source import build_skeleton
-
     model = build_skeleton(source.model_class, source.config, dtype)
+    refuse_by_structure(model)
     frozen = freeze_rope(model, max_context)
     wrapper = _Forward(model)
     program = _export(wrapper, model.config.model_type)
@@ -129,11 +129,6 @@ class _Forward(torch.nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         accepted = inspect.signature(model.forward).parameters
-        if "position_ids" not in accepted:
-            raise UnsupportedModelError(
-                "its forward takes no position_ids, so tokens of several sequences cannot stand in one batch row "
-                "(ALiBi and recurrent models place tokens by where they stand)"
-            )
         setattr(self, _PREFIX, model)
         self.options = {"use_cache": False} if "use_cache" in accepted else {}
         self.options["return_dict"] = True

@@ -147,7 +147,7 @@ class GraphBuilder:
 
     def _cat(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """A cat without its empty parts (the cache of a model that keeps one regardless of use_cache)."""
-        parts = [part for part in node.args[0] if part.meta["val"].numel() != 0]  # type: ignore[union-attr]
+        parts = [part for part in node.args[0] if not _is_empty(part.meta["val"])]  # type: ignore[union-attr]
         if len(parts) == 1:
             return env[parts[0]]
         copied = self.graph.node_copy(node, lambda n: self._value(env[n]) if n in parts else n)
@@ -251,6 +251,10 @@ def _node(value: Any) -> fx.Node:
     if not isinstance(value, fx.Node):
         raise UnsupportedModelError(f"the exported graph holds {value!r} where a value was expected")
     return value
+
+
+def _is_empty(value: torch.Tensor) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
 def _sizes(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:

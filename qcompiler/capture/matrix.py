@@ -126,14 +126,10 @@ SUPPORTED: tuple[Family, ...] = (
            "topk_group": 1}, "experts"),
     Family("llama4_text", {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "moe_layers": [1],
            "attention_chunk_size": 8, "no_rope_layers": [1, 0],
-           "layer_types": ["chunked_attention", "full_attention"]}, "chunked attention, complex rotary, experts"),
+           "layer_types": ["chunked_attention", "full_attention"], "floor_scale": 4, "attn_scale": 0.5},
+           "chunked attention, complex rotary, query scale by position, experts"),
     Family("nemotron", shows="LayerNorm with weight + 1, squared ReLU"),
-    Family("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}, "interleaved rotary"),
-    Family("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
-           "window"),
-    Family("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, "parallel block"),
     Family("gpt_bigcode", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, "one key head"),
-    Family("codegen", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}, "interleaved rotary"),
     Family("exaone4", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}, "window"),
     Family("ernie4_5", {"head_dim": 16}, "interleaved rotary"),
     Family("hunyuan_v1_dense", {"head_dim": 16}, "q/k norm after rotary"),
@@ -141,12 +137,17 @@ SUPPORTED: tuple[Family, ...] = (
     Family("arcee", shows="squared ReLU"),
     Family("helium", {"head_dim": 16}, "interleaved rotary"),
     Family("persimmon", shows="squared ReLU, q/k norm"),
-    Family("biogpt", {}, "learned positions"),
-    Family("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}, "sinusoidal positions"),
     Family("phimoe", {"num_local_experts": 4, "sliding_window": 6}, "experts, LayerNorm"),
     Family("dots1", {"n_routed_experts": 4, **_MOE, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
            "head_dim": 16, "n_shared_experts": 1}, "experts"),
     Family("ministral3", {"head_dim": 16}, "query scale by position"),
+    Family("apertus", shows="xIELU"),
+    Family("bitnet", shows="norms inside the block"),
+    Family("diffllama", shows="differential attention"),
+    Family("gemma4_text", {"head_dim": 16, "sliding_window": 6}, "window, head_dim per layer type"),
+    Family("vaultgemma", {"head_dim": 16, "sliding_window": 6}, "window"),
+    Family("modernbert-decoder", {"local_attention": 8}, "window"),
+    Family("ctrl", {"n_embd": 64, "n_layer": 2, "n_head": 4, "dff": 96}, "sinusoidal positions"),
     Family("bert", shows="bidirectional, token types"),
     Family("bert", {}, "bidirectional, no head", "bert (bare)", "BertModel"),
     Family("roberta", {"type_vocab_size": 1, "pad_token_id": 1}, "positions from pad + 1"),
@@ -155,7 +156,34 @@ SUPPORTED: tuple[Family, ...] = (
     Family("distilbert", {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}, "bidirectional"),
     Family("camembert", {"type_vocab_size": 1, "pad_token_id": 1}, "positions from pad + 1"),
     Family("modernbert", {"local_attention": 8, "global_attn_every_n_layers": 2}, "bidirectional window"),
+    Family("albert", {"embedding_size": 32}, "shared layers"),
+    Family("nomic_bert", {}, "bidirectional rotary"),
+    Family("esm", {"position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 3}, "bidirectional rotary"),
     Family("eurobert", {}, "bidirectional rotary"),
+)  # fmt: skip
+
+# Families that must be refused, each showing a mechanism.
+REFUSED: tuple[Family, ...] = (
+    Family("bloom", {"n_layer": 2, "n_head": 4}, "ALiBi: positions enter as a bias on the scores"),
+    Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "ALiBi: positions enter as a bias on the scores"),
+    Family("mamba", {}, "state-space layers"),
+    Family("mamba2", {"num_heads": 4, "head_dim": 32, "n_groups": 1}, "state-space layers"),
+    Family("rwkv", {"attention_hidden_size": 64}, "recurrent layers"),
+    Family("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, **_MOE,
+           "shared_expert_intermediate_size": 32, "head_dim": 16, "linear_num_value_heads": 4,
+           "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, "linear attention layers"),
+    Family("jamba", {"num_experts": 2}, "state-space layers"),
+    Family("recurrent_gemma", {}, "recurrent layers"),
+    Family("lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, "convolution over tokens"),
+    Family("t5", {"d_model": 64, "num_layers": 2}, "encoder-decoder"),
+    Family("bart", {"d_model": 64}, "encoder-decoder"),
+    Family("vit", {}, "pictures, not tokens"),
+    Family("gemma3", {}, "a vision tower beside the text model"),
+    Family("falcon", {"alibi": True}, "attention of its own, not reached by the attention interface"),
+    Family("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}, "attention of its own, not reached by the attention interface"),
+    Family("deberta-v2", {}, "attention of its own"),
+    Family("doge", {}, "a mask that the model computes"),
+    Family("xglm", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}, "slices a position table by the number of tokens"),
 )  # fmt: skip
 
 
@@ -167,6 +195,13 @@ class Comparison:
     captured: CapturedModel
     alone: tuple[float, ...]
     ragged: float
+
+
+def known(family: Family) -> bool:
+    """Whether the installed transformers has this model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return family.model_type in CONFIG_MAPPING_NAMES
 
 
 def compare(family: Family) -> Comparison:
@@ -226,3 +261,35 @@ def relative_difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
     if got.shape != wanted.shape:
         return float("inf")
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def table() -> str:
+    """The support matrix as Markdown. Says what is tested; the tests say that it holds."""
+    lines = [
+        "# Support matrix",
+        "",
+        "Each row is a tiny random model of a transformers family. Its captured graph, run in plain torch, equals the",
+        f"model's own eager attention in fp32 at {', '.join(map(str, LENGTHS))} tokens, and for sequences of",
+        f"{', '.join(map(str, RAGGED))} tokens laid end to end (`tests/compiler/test_support_matrix.py`).",
+        "Written by `python -m qcompiler.capture.matrix docs/support-matrix.md`.",
+        "",
+        "| family | exercised beyond the plain block |",
+        "|---|---|",
+        *(f"| {family.name} | {family.shows or '–'} |" for family in SUPPORTED),
+        "",
+        "## Refused",
+        "",
+        "Refused by mechanism, not by name: these families show the mechanisms.",
+        "",
+        "| family | why |",
+        "|---|---|",
+        *(f"| {family.name} | {family.shows} |" for family in REFUSED),
+        "",
+        "Rotary types `dynamic` and `longrope`, whose frequencies depend on the length, need `max_context`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(table(), encoding="utf-8")

@@ -110,6 +110,8 @@ class _Checker:
             self._refuse(node, "turns a tensor into a number that the program depends on")
         elif op in _COUNTERS:
             self._check_counter(node, op)
+        elif op in ("max", "min") and len(node.all_input_nodes) == 2:
+            pass  # the larger of two, element by element
         elif op in _SCANS or op in _REDUCTIONS:
             self._check_reduction(node, op)
         elif op in _CONTRACTIONS:
@@ -144,6 +146,9 @@ class _Checker:
         )
 
     def _check_shape(self, node: fx.Node, value: torch.Tensor) -> None:
+        for size in value.shape:
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols - {self.symbol}:
+                self._refuse(node, "makes a tensor whose size depends on the data")
         found = [size for size in value.shape if self._has(size)]
         if len(found) > 1:
             self._refuse(node, "makes a tensor of tokens by tokens: an attention or a bias of the model's own")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,7 +72,6 @@ def locate(model: str | Path, *, code: bool = False, revision: str | None = None
 
 
 def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -94,7 +94,7 @@ def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
             f"the hub has no model {repo!r} that you may see, and there is no such folder here",
             hint="Check the spelling; for a private model log in with `hf auth login`.",
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, *_transport_errors()) as error:
         raise InvalidInputError(
             f"{repo} is neither a local folder nor in the local hub cache, and the hub cannot be reached",
             hint=f"Go online (and unset HF_HUB_OFFLINE), or run `hf download {repo}` where there is a network "
@@ -102,6 +102,15 @@ def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InvalidInputError(f"the hub did not give {repo}: {error}", hint="Try again later.") from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub client's HTTP library raises without a network; releases of the client use different ones."""
+    found = []
+    for module, name in (("httpx", "TransportError"), ("httpx2", "TransportError"), ("requests", "ConnectionError"), ("requests", "Timeout")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -89,6 +89,29 @@ class Checkpoint:
         used = {name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group}
         return sum(self._stored[name].nbytes for name in used)
 
+    def untied(self) -> list[str]:
+        """Names of tensors that the model ties but the checkpoint stores twice with different values.
+
+        transformers then leaves them apart; a model that is to use this checkpoint must not tie them.
+        """
+        apart = []
+        for alias, kept in self.tied.items():
+            if alias in self._recipes and kept in self._recipes and not self._equal(alias, kept):
+                apart.append(alias)
+        return apart
+
+    def _equal(self, one: str, other: str) -> bool:
+        first, second = (self._read(self._single_source(name)) for name in (one, other))
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        rows = max(1, (16 << 20) // max(1, first[0].nbytes))
+        return all(
+            torch.equal(a, b) for a, b in zip(first.split(rows), second.split(rows), strict=True)
+        )
+
+    def _single_source(self, name: str) -> str:
+        return next(iter(self._recipes[name].sources.values()))[0]
+
     def shape(self, fqn: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
         return tuple(self._meta(fqn).shape)
