@@ -57,6 +57,7 @@ def load(
     max_step_tokens: int | None = None,
     max_cache_tokens: int | None = None,
     cuda_graphs: bool = True,
+    lean: bool = False,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -68,6 +69,7 @@ def load(
         max_step_tokens: Most tokens computed in one step; longer prompts are taken in pieces.
         max_cache_tokens: Tokens that the KV cache holds; as many as memory allows, within reason, when None.
         cuda_graphs: Capture decode steps as CUDA graphs.
+        lean: On a CPU, keep only packed weights: less memory, slower long prompts.
 
     Returns:
         The model, ready to generate.
@@ -78,7 +80,7 @@ def load(
     """
     artifact = open_artifact(path, verify=verify)
     chosen = choose_device(artifact, device)
-    program = load_program(artifact, chosen)
+    program = load_program(artifact, chosen, lean=lean)
     if artifact.manifest.kind == "encoder":
         return Model(artifact, program, None)
     model = artifact.manifest.model

@@ -4,7 +4,7 @@ An artifact's graph is data: an op is looked up in this table by its exact
 overload name and in no other way. The aten names are those that captures of
 transformers models contain, after canonicalisation or before it; ops that
 read files, draw random numbers or resize their inputs are not among them.
-`qcompiler.*` means the ops that `qcompiler.kernels.ops` registers.
+`qcompiler.*` means the canonical ops of `qcompiler.kernels.ops`.
 """
 
 from __future__ import annotations
@@ -131,4 +131,10 @@ def _own_ops() -> frozenset[str]:
     import qcompiler.kernels.ops  # noqa: F401  (registers them)
     from qcompiler.kernels.library import registered_ops
 
-    return frozenset(f"qcompiler.{name}.default" for name in registered_ops())
+    # Only the canonical ops: those of providers take repacked weights, whose shapes nothing here checks.
+    canonical = "qcompiler.kernels.ops."
+    return frozenset(
+        f"qcompiler.{name}.default"
+        for name, op in registered_ops().items()
+        if op.reference.__module__.startswith(canonical)
+    )
