@@ -8,6 +8,7 @@ headers, graph, declared formats against stored tensors. Each refusal is an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from qcompiler.runtime.opset import OP_LIBRARIES
 from qcompiler.runtime.tensorfile import TensorReader
 
 GRAPH = "graph.json"
+_HASH_THREADS = 4
 Verify = Literal["full", "sizes"]
 
 
@@ -139,8 +141,13 @@ def _check_files(root: Path, manifest: Manifest, present: dict[str, int], *, dig
                 hint="The file is truncated or was changed; copy the artifact again.",
             )
     if digests:
+        # Hashing lets go of the interpreter lock, so several files are read at once.
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            found = dict(
+                zip(manifest.files, pool.map(sha256_file, [root / n for n in manifest.files]), strict=True)
+            )
         for name, entry in manifest.files.items():
-            if sha256_file(root / name) != entry.sha256:
+            if found[name] != entry.sha256:
                 raise ArtifactError(
                     f"{name}: SHA-256 differs from the manifest", hint="The file was changed; copy it again."
                 )

@@ -25,7 +25,8 @@ from qcompiler.runtime.pages import PageAllocator
 from qcompiler.runtime.sampling import SamplerState, SamplingParams, sample
 
 FinishReason = Literal["stop", "length", "aborted"]
-_LOGITS_BYTES = 256 << 20
+# What the fp32 logits of one step of `score` may take.
+_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 class NonFiniteLogitsError(QCompilerError):
@@ -200,7 +201,7 @@ class Engine:
             with self._lock:
                 if self.waiting and not self.running:
                     raise InvalidInputError(
-                        f"{self.allocator.available} free pages of the KV cache are too few for the next prompt",
+                        f"{self.allocator.available} free pages of the KV cache are too few for a prompt",
                         hint="Finish what holds them, or load the model with more pages (max_cache_tokens).",
                     )
 
@@ -212,7 +213,8 @@ class Engine:
         """
         for prompt in prompts:
             self.check_tokens(prompt)
-        budget = max(1, min(self.max_step_tokens, _LOGITS_BYTES // (4 * self.vocab_size)))
+        room = _LOGITS_BYTES[self.executor.device.type]
+        budget = max(1, min(self.max_step_tokens, room // (4 * self.vocab_size)))
         pending = deque((i, list(p)) for i, p in enumerate(prompts))
         active: list[tuple[int, list[int], int, list[int]]] = []  # index, tokens, computed, pages
         try:

@@ -8,6 +8,7 @@ for piece in model.generate("Once upon a time", stream=True):
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -56,6 +57,7 @@ def load(
     max_step_tokens: int | None = None,
     max_cache_tokens: int | None = None,
     cuda_graphs: bool = True,
+    lean: bool = False,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -67,6 +69,7 @@ def load(
         max_step_tokens: Most tokens computed in one step; longer prompts are taken in pieces.
         max_cache_tokens: Tokens that the KV cache holds; as many as memory allows, within reason, when None.
         cuda_graphs: Capture decode steps as CUDA graphs.
+        lean: On a CPU, keep only packed weights: less memory, slower long prompts.
 
     Returns:
         The model, ready to generate.
@@ -77,7 +80,7 @@ def load(
     """
     artifact = open_artifact(path, verify=verify)
     chosen = choose_device(artifact, device)
-    program = load_program(artifact, chosen)
+    program = load_program(artifact, chosen, lean=lean)
     if artifact.manifest.kind == "encoder":
         return Model(artifact, program, None)
     model = artifact.manifest.model
@@ -200,6 +203,8 @@ class Model:
             InvalidInputError: an option out of range, or a prompt that is empty or too long.
         """
         single = isinstance(prompt, str)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise InvalidInputError(f"a prompt must be text or a list of texts, not {type(prompt).__name__}")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         params = SamplingParams.make(**sampling)
         prompts = [self.tokenizer.encode(text) for text in texts]
@@ -407,7 +412,7 @@ def _eos_token_ids(artifact: Artifact) -> tuple[int, ...]:
 
 
 def _token_list(tokens: Any) -> list[int]:
-    values = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    if not all(type(t) is int for t in values):
-        raise InvalidInputError("token ids must be whole numbers")
-    return values
+    try:
+        return [operator.index(t) for t in (tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)]
+    except TypeError:
+        raise InvalidInputError("token ids must be a list of whole numbers") from None

@@ -27,6 +27,7 @@ def command(
     decode_tokens: int,
     repeats: int,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -45,7 +46,7 @@ def command(
         ) from None
     if not all(1 <= b <= 1024 for b in sizes):
         raise InvalidInputError("--batch: sizes must be in [1, 1024]")
-    model = load_model(artifact, device, verbose=verbose, max_sequences=max(sizes))
+    model = load_model(artifact, device, verbose=verbose, lean=lean, max_sequences=max(sizes))
     with console().status("warming up") as status:
         rows = bench(
             model,

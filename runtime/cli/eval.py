@@ -32,6 +32,7 @@ def command(
     context: int,
     max_tokens: int | None,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -45,7 +46,7 @@ def command(
     from qcompiler.runtime.evaluate import evaluate
 
     text = read_text(text_file)
-    model = load_model(artifact, device, verbose=verbose)
+    model = load_model(artifact, device, verbose=verbose, lean=lean)
     with Progress(console=console(), transient=True, disable=as_json) as progress:
         task = progress.add_task("scoring")
         result = evaluate(

@@ -34,6 +34,7 @@ def command(
     prompt: tuple[str, ...],
     prompt_file: Path | None,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -53,7 +54,7 @@ def command(
         raise InvalidInputError(
             "no prompt was given", hint="Use --prompt TEXT, --prompt - or --prompt-file FILE."
         )
-    model = load_model(artifact, device, verbose=verbose)
+    model = load_model(artifact, device, verbose=verbose, lean=lean)
     if not as_json and len(prompts) == 1:
         pieces = model.generate(prompts[0], stream=True, **options)
         click.echo(prompts[0], nl=False)  # once the prompt has been accepted

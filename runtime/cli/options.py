@@ -32,7 +32,10 @@ def common(function: F) -> F:
 
 
 def device(function: F) -> F:
-    """--device."""
+    """--device and --lean."""
+    function = click.option("--lean", is_flag=True, help="On a CPU: less memory, slower long prompts.")(
+        function
+    )
     text = "cpu, cuda or cuda:N; default: a GPU if there is one."
     return click.option("--device", default=None, metavar="D", help=text)(function)
 

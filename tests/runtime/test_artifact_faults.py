@@ -364,6 +364,7 @@ def test_fault_12_numbers_that_grow_without_end(artifact, reseal):
         "aten.set_.source_Tensor",
         "aten.resize_.default",
         "qcompiler.no_such_op.default",
+        "qcompiler.linear_affine_cpu_int4.default",
         "prims.convert_element_type.default",
         "aten.add",
         "sym.__import__",

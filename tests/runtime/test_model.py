@@ -38,7 +38,7 @@ def test_logits_equal_those_of_transformers(float_model, oracle):
 def test_greedy_text_equals_that_of_transformers(float_model, oracle):
     for prompt in PROMPTS:
         ids = torch.tensor([float_model.tokenizer.encode(prompt)])
-        wanted = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        wanted = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
         got = float_model.generate_tokens(ids[0].tolist(), max_tokens=16)
         assert got.token_ids == wanted[0, ids.shape[1] :].tolist()
 
@@ -155,7 +155,8 @@ def test_chat_is_generation_from_the_rendered_template(q4_model):
         (lambda m: m.generate([]), "no prompts"),
         (lambda m: m.generate("a", temperature=-1), "temperature"),
         (lambda m: m.generate("a", tempreature=1), "tempreature"),
-        (lambda m: m.generate(3), "not iterable|must be text"),
+        (lambda m: m.generate(3), "must be text"),
+        (lambda m: m.generate([3]), "must be text"),
         (lambda m: m.generate_tokens([]), "empty"),
         (lambda m: m.generate_tokens([1.5]), "whole numbers"),
         (lambda m: m.generate_tokens([99999]), "vocabulary"),
@@ -165,7 +166,7 @@ def test_chat_is_generation_from_the_rendered_template(q4_model):
     ],
 )
 def test_misuse_is_refused(q4_model, call, words):
-    with pytest.raises((InvalidInputError, TypeError), match=words):
+    with pytest.raises(InvalidInputError, match=words):
         call(q4_model)
     assert not q4_model.engine.waiting
     assert not q4_model.engine.running
@@ -173,7 +174,7 @@ def test_misuse_is_refused(q4_model, call, words):
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "mps", 3.5])
 def test_devices_that_are_not_there(tiny_q4, device):
-    with pytest.raises((InvalidInputError, TypeError)):
+    with pytest.raises(InvalidInputError):
         load(tiny_q4, device=device)
 
 
