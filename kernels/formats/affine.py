@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.base import TensorSpec, register_format
 

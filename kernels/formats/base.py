@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 
 SpecT = TypeVar("SpecT")

@@ -1,5 +1,27 @@
 """The `qcompiler::` ops. Importing this package registers them with torch."""
 
-from __future__ import annotations
+from qcompiler.kernels.ops import (
+    attention,
+    gated_activation,
+    grouped_linear,
+    kv_append,
+    layer_norm,
+    linear_affine,
+    paged_attention,
+    ragged_attention,
+    rms_norm,
+    rotary,
+)
 
-from qcompiler.kernels.ops import linear_affine as linear_affine
+__all__ = [
+    "attention",
+    "gated_activation",
+    "grouped_linear",
+    "kv_append",
+    "layer_norm",
+    "linear_affine",
+    "paged_attention",
+    "ragged_attention",
+    "rms_norm",
+    "rotary",
+]

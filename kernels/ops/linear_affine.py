@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import dequantize_affine, num_groups, words_per_row
 from qcompiler.kernels.library import register_op

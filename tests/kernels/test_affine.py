@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import AFFINE, AffineSpec, get_format
 from qcompiler.kernels.formats.affine import BITS, GROUP_SIZES, block_width, num_groups

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import qcompiler.kernels.ops  # noqa: F401
 import torch
+
+import qcompiler.kernels.ops  # noqa: F401
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import AFFINE, AffineSpec
 from qcompiler.kernels.formats.affine import BITS, GROUP_SIZES, num_groups

@@ -1,0 +1,55 @@
+# The README's commands. Each sets up what it needs in .venv, so that a fresh clone is enough.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := examples/models/tiny-llama
+OUT    := build/tiny-llama-hqq-4bit
+# On a machine that already has torch for its GPU, set VENV_ARGS=--system-site-packages.
+VENV_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: setup setup-test demo test lint format test-gpu bench clean
+
+setup: $(VENV)/.runtime
+setup-test: $(VENV)/.dev
+
+$(VENV)/.runtime: pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints/dev.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints/dev.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e ".[compile]"
+	touch $@
+
+# The packages in [oracles] are what the tests compare with; hqq builds CUDA kernels unless told not to.
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e ".[dev]"
+	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet -c constraints/dev.txt --no-deps --no-build-isolation \
+		hqq torchao termcolor
+	touch $@
+
+demo: setup
+	$(BIN)/qcompile $(MODEL) --method hqq --bits 4 -o $(OUT) --overwrite
+	$(BIN)/qrun generate $(OUT) --prompt "It was a dark and stormy night" --max-tokens 48 --temperature 0
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p qcompiler
+
+format: setup-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# On a machine with a GPU: the kernels compiled, not interpreted.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+bench:
+	$(PYTHON) -m benchmarks.linear
+	$(PYTHON) -m benchmarks.attention
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

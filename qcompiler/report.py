@@ -1,0 +1,139 @@
+"""What a compilation reports: the machine-readable object and the block printed at its end."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qcompiler.quality import Quality
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear.
+
+    Attributes:
+        name: Fully qualified name of the linear.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        bits: Bits per code.
+        bits_per_weight: Everything stored for it over the number of its weights.
+        relative_error: |W - dequantized|² / |W|².
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    bits_per_weight: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A linear left in the activation dtype, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class CompileReport:
+    """The object that `qcompile --json` prints; sizes in bytes, times in seconds."""
+
+    output: str
+    bytes: int
+    bits_per_weight: float
+    bits_per_weight_linears: float
+    linears_quantized: int
+    linears_skipped: list[SkippedLayer]
+    seconds: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int
+    quality: Quality | None
+    manifest_sha256: str
+    linears_total: int = 0
+    layers: list[LayerReport] = field(default_factory=list)
+    resumed_layers: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict with the documented keys."""
+        return asdict(self)
+
+    def worst_layers(self, count: int = 5) -> list[LayerReport]:
+        """The quantized linears of largest relative error."""
+        return sorted(self.layers, key=lambda layer: -layer.relative_error)[:count]
+
+    def print(self, console: Console) -> None:
+        """Write the end-of-run block."""
+        for label, text in self._lines():
+            # One line per fact, never cut or padded to the width: it is read by eye and by grep.
+            console.print(f"{label:<15}{text}", soft_wrap=True, highlight=False, markup=False)
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "artifact", self.output
+        yield (
+            "size",
+            f"{format_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight with embeddings, "
+            f"{self.bits_per_weight_linears:.3f} in the quantized linears",
+        )
+        yield "linears", f"{self.linears_quantized}/{self.linears_total} quantized"
+        for reason, names in self._skipped_by_reason().items():
+            yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
+        gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
+        yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
+        yield (
+            "time",
+            f"{self.seconds:.1f} s"
+            + (f" ({self.resumed_layers} layers resumed)" if self.resumed_layers else ""),
+        )
+        yield from self._quality_lines()
+        for index, layer in enumerate(self.worst_layers()):
+            label = "" if index else "worst layers"
+            yield label, f"{layer.name} ({layer.bits} bits): relative error {layer.relative_error:.2e}"
+        yield "manifest", f"sha256 {self.manifest_sha256}"
+        yield "try next", f'qrun generate {self.output} --prompt "Once upon a time"'
+        yield "", f"qrun bench {self.output}"
+
+    def _quality_lines(self) -> Iterator[tuple[str, str]]:
+        q = self.quality
+        if q is None:
+            yield "quality", "not measured"
+            return
+        yield "KL divergence", f"{q.kl_mean:.5f} ± {q.kl_se:.5f} nats per token over {q.tokens} tokens"
+        yield "same top-1", f"{100 * q.top1_agreement:.2f} %"
+        yield (
+            "perplexity",
+            f"{q.perplexity:.4f}, original {q.perplexity_original:.4f} (ratio {q.perplexity_ratio:.4f})",
+        )
+
+    def _skipped_by_reason(self) -> dict[str, list[str]]:
+        grouped: dict[str, list[str]] = {}
+        for layer in self.linears_skipped:
+            grouped.setdefault(layer.reason, []).append(layer.name)
+        return grouped
+
+
+def shorten(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f", {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
