@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from qcompiler.kernels.errors import UnsupportedModelError
 
@@ -58,7 +60,7 @@ def mask_interface(
     """
     spec: MaskSpec | UnsupportedModelError
     try:
-        if attention_mask is not None:
+        if attention_mask is not None and not _is_all_ones(attention_mask):
             raise UnsupportedModelError(
                 "it builds a padding mask of its own, which a graph over ragged tokens has no place for"
             )
@@ -85,6 +87,20 @@ def spec_of(mask: torch.Tensor) -> MaskSpec | None:
     if isinstance(spec, UnsupportedModelError):
         raise spec
     return spec
+
+
+def _is_all_ones(mask: torch.Tensor) -> bool:
+    """Whether a traced mask was made as ones: models fill in the padding mask that they were not given."""
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(mask, mode.tracer, None)
+    node = getattr(getattr(slot, "proxy", None), "node", None)
+    while isinstance(node, fx.Node) and str(node.target) in _COPIES:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in (torch.ops.aten.full.default, torch.ops.aten.full_like.default):
+        return node.args[1] in (1, True)
+    return str(node.target) in ("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
 
 
 def describe(mask_function: Callable[..., Any]) -> MaskSpec:
@@ -121,6 +137,8 @@ def describe(mask_function: Callable[..., Any]) -> MaskSpec:
     return spec
 
 
+# Ops through which ones stay ones.
+_COPIES = {"aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.expand.default", "aten._to_copy.default"}
 # Building block -> the closure cells that hold its sizes.
 _OVERLAYS = {
     "sliding_window_overlay.<locals>.inner_mask": ("sliding_window",),

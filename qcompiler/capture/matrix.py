@@ -240,6 +240,7 @@ SUPPORTED: tuple[Family, ...] = (
         "experts",
     ),
     Family("ministral3", {"head_dim": 16}, "query scale by position"),
+    Family("biogpt", shows="learned positions, a padding mask of ones"),
     Family("apertus", shows="xIELU"),
     Family("bitnet", shows="norms inside the block"),
     Family("diffllama", shows="differential attention"),
