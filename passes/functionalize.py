@@ -1,4 +1,4 @@
-"""In-place ops → their functional twins, where nobody could tell; buffers filled part by part → concatenation.
+"""In-place ops → their functional twins where nobody could tell; buffers filled in parts → concatenation.
 
 A graph without writes can be reordered, merged and matched freely. Writes whose
 effect others may see (through views, inputs or weights, like those to a KV
