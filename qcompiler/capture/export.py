@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import UserError, UserErrorType
 
 from qcompiler.capture.buffers import materialize_buffers
 from qcompiler.capture.graph import GraphBuilder
-from qcompiler.capture.ragged import check_ragged
+from qcompiler.capture.ragged import check_ragged, indices_to_positions
+from qcompiler.capture.refusals import refuse_by_structure
 from qcompiler.capture.rope import freeze_rope
-from qcompiler.capture.source import ModelSource
+from qcompiler.capture.source import ModelSource, build_skeleton
 from qcompiler.kernels.errors import QCompilerError, UnsupportedModelError
 
 # Tokens of the example that is traced: unlike any dimension of a model, so that no size is mistaken for T.
 _EXAMPLE_TOKENS = 11
 _PREFIX = "model"
+_TRIED_TOKENS = (1, 2, 3, 4, 5, 8, 16, 63, 64, 65, 127, 128, 1000, 4096, 131071, 1 << 20)
 
 
 @dataclass
@@ -31,8 +34,8 @@ class CapturedModel:
     """A model as a graph.
 
     Attributes:
-        graph: Placeholders `input_ids` and `position_ids` int64 [1, T] (encoders that have them: `token_type_ids`),
-            one output [1, T, …]. Weights are meta tensors under their state-dict names.
+        graph: Placeholders `input_ids` and `position_ids` int64 [1, T] (`token_type_ids` where an encoder has
+            them), one output [1, T, …]. Weights are meta tensors under their state-dict names.
         config: The transformers config as JSON.
         kind: "decoder" (causal) or "encoder" (bidirectional).
         vocab_size: Rows of the input embedding.
@@ -54,7 +57,9 @@ class CapturedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def capture(source: ModelSource, dtype: torch.dtype | None = None, *, max_context: int | None = None) -> CapturedModel:
+def capture(
+    source: ModelSource, dtype: torch.dtype | None = None, *, max_context: int | None = None
+) -> CapturedModel:
     """Export a model to a graph over ragged tokens.
 
     Args:
@@ -75,9 +80,8 @@ def capture(source: ModelSource, dtype: torch.dtype | None = None, *, max_contex
 
 
 def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | None) -> CapturedModel:
-    from qcompiler.capture.source import build_skeleton
-
     model = build_skeleton(source.model_class, source.config, dtype)
+    refuse_by_structure(model)
     frozen = freeze_rope(model, max_context)
     wrapper = _Forward(model)
     program = _export(wrapper, model.config.model_type)
@@ -98,13 +102,15 @@ def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | 
     for name, value in {**buffers, **frozen}.items():
         tensors[name] = value
     gm = GraphBuilder(program, _PREFIX, canonical, tensors).build()
-    _name_output(gm)
+    _check_output(gm)
+    indices_to_positions(gm.graph)
+    gm.recompile()
     kind = check_ragged(gm)
     notes = []
     if frozen:
         notes.append(f"rotary frequencies frozen for sequences of at most {max_context} tokens")
     config = source.config.to_dict()
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     gm.meta["kind"] = kind
     return CapturedModel(
         graph=gm,
@@ -125,15 +131,12 @@ class _Forward(torch.nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         accepted = inspect.signature(model.forward).parameters
-        if "position_ids" not in accepted:
-            raise UnsupportedModelError(
-                "its forward takes no position_ids, so tokens of several sequences cannot stand in one batch row "
-                "(ALiBi and recurrent models place tokens by where they stand)"
-            )
         setattr(self, _PREFIX, model)
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self.options["return_dict"] = True
-        self.takes_token_types = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 0
+        self.takes_token_types = (
+            "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 0
+        )
         self.position_offset = _position_offset(model)
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -152,32 +155,72 @@ class _Forward(torch.nn.Module):
 
 
 def _position_offset(model: Any) -> int:
-    """Where a model's positions begin: RoBERTa-like tables keep row `padding_idx` for padding and count from the next."""
+    """Where a model's positions begin; RoBERTa-like tables count from the row after `padding_idx`."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding):
-            if module.padding_idx is not None:
-                return module.padding_idx + 1
+        table = name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding)
+        if table and module.padding_idx is not None:
+            return module.padding_idx + 1
     return 0
 
 
 def _export(wrapper: _Forward, model_type: str) -> torch.export.ExportedProgram:
     example = wrapper.example()
-    tokens = torch.export.Dim("T", min=1)
-    shapes = tuple({1: tokens} for _ in example)
+    shapes = tuple({1: torch.export.Dim("T", min=1)} for _ in example)
     try:
         with torch.no_grad():
-            return torch.export.export(wrapper, example, strict=False, dynamic_shapes=shapes)
+            try:
+                return torch.export.export(wrapper, example, strict=False, dynamic_shapes=shapes)
+            except UserError as error:
+                # torch's solver gives up on guards such as T·min(64, 64·T) = 64·T;
+                # kept as assertions in the graph, they can be tried
+                if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
+                    raise
+                program = torch.export.export(
+                    wrapper,
+                    example,
+                    strict=False,
+                    dynamic_shapes=shapes,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        _check_assertions(program)
+        return program
     except QCompilerError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        AssertionError,
+    ) as error:
         cause = _refusal_within(error)
         if cause is not None:
             raise cause from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip(" -") for line in str(error).strip().splitlines() if line.strip()] or [""]
+        reason = lines[1] if lines[0].startswith("Constraints violated") and len(lines) > 1 else lines[0]
         raise UnsupportedModelError(
             f"{model_type} cannot be captured: torch.export stopped with {type(error).__name__}: {reason}",
             hint="Its forward depends on the data or on the length in a way that one graph cannot hold.",
         ) from error
+
+
+def _check_assertions(program: torch.export.ExportedProgram) -> None:
+    """Assertions about T that torch could not prove must hold for every number of tokens that we try."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten._assert_scalar.default:
+            continue
+        condition = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
+        if isinstance(condition, torch.SymBool):
+            expression = condition.node.expr
+            failed = [
+                t for t in _TRIED_TOKENS if not expression.subs(dict.fromkeys(expression.free_symbols, t))
+            ]
+            if failed:
+                raise UnsupportedModelError(
+                    f"its forward does not work for {failed[0]} tokens: it needs {expression}"
+                )
 
 
 def _refusal_within(error: BaseException | None) -> UnsupportedModelError | None:
@@ -202,7 +245,7 @@ def _names(model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return canonical, tensors
 
 
-def _name_output(gm: fx.GraphModule) -> None:
+def _check_output(gm: fx.GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
         raise UnsupportedModelError("the model's first output is no tensor")

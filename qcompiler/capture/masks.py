@@ -1,4 +1,4 @@
-"""Reads which keys a query may see out of the mask function that transformers composes, instead of building a mask.
+"""Reads which keys a query may see out of the mask function that transformers composes; builds no mask.
 
 Transformers asks a registered mask interface for every mask and hands it a
 `mask_function(batch, head, q, kv) -> bool` composed of a few named building
@@ -64,7 +64,9 @@ def mask_interface(
             )
         for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
             if not isinstance(offset, int) or offset != 0:
-                raise UnsupportedModelError(f"it asks for a mask with {name}={offset} although no cache is used")
+                raise UnsupportedModelError(
+                    f"it asks for a mask with {name}={offset} although no cache is used"
+                )
         spec = describe(mask_function)
     except UnsupportedModelError as refusal:
         spec = refusal
@@ -107,13 +109,15 @@ def describe(mask_function: Callable[..., Any]) -> MaskSpec:
         field = "chunk" if name.startswith("chunked") else "window"
         if bidirectional == causal and field == "window":
             raise UnsupportedModelError(
-                f"the attention mask combines {'causal' if causal else 'bidirectional'} attention with {name!r}"
+                f"the mask combines {'causal' if causal else 'bidirectional'} attention with {name!r}"
             )
         if not isinstance(size, int) or size <= 0:
             raise UnsupportedModelError(f"the attention mask has a {field} of {size!r}")
         if getattr(spec, field) not in (0, size):
-            raise UnsupportedModelError(f"the attention mask combines {field}s {getattr(spec, field)} and {size}")
-        spec = replace(spec, **{field: size})
+            raise UnsupportedModelError(
+                f"the attention mask combines {field}s {getattr(spec, field)} and {size}"
+            )
+        spec = replace(spec, window=size) if field == "window" else replace(spec, chunk=size)
     return spec
 
 
@@ -123,7 +127,7 @@ _OVERLAYS = {
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": ("sliding_window",),
     "chunked_overlay.<locals>.inner_mask": ("chunk_size",),
 }
-# All keys visible; or a separation of packed sequences, which a ragged batch has anyway (cu_seqlens, not a mask).
+# All keys visible; or a separation of packed sequences, which a ragged batch has anyway.
 _IRRELEVANT = {"bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"}
 # Wrappers -> the closure cell with what they wrap.
 _WRAPPERS = {
