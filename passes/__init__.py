@@ -12,6 +12,7 @@ from qcompiler.passes.addmm_to_linear import AddmmToLinear
 from qcompiler.passes.base import Pass, PassResult, Skip
 from qcompiler.passes.cleanup import InlineSubgraphs, RemoveAsserts, RemoveNoOps
 from qcompiler.passes.common_subexpressions import MergeCommonSubexpressions
+from qcompiler.passes.functionalize import Functionalize
 from qcompiler.passes.fuse_add_norm import FuseAddNorm
 from qcompiler.passes.fuse_gated_activation import FuseGatedActivation
 from qcompiler.passes.fuse_layer_norm import FuseLayerNorm
@@ -38,6 +39,7 @@ from qcompiler.passes.weights import (
 __all__ = [
     "AddmmToLinear",
     "Concat",
+    "Functionalize",
     "FuseAddNorm",
     "FuseGatedActivation",
     "FuseLayerNorm",
@@ -77,6 +79,7 @@ def canonical_passes() -> list[Pass]:
     return [
         InlineSubgraphs(),
         RemoveAsserts(),
+        Functionalize(),
         RemoveNoOps(),
         MergeCommonSubexpressions(),
         AddmmToLinear(),

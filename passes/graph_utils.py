@@ -244,7 +244,9 @@ def written_inputs(node: Node) -> list[Node]:
 def aliased_inputs(node: Node) -> list[Node]:
     """Inputs whose storage the result of `node` may share."""
     if calls(node, operator.getitem):
-        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+        parent, index = node.args
+        twins = [user for user in parent.users if calls(user, operator.getitem) and user.args[1] == index]
+        return [parent] if aliased_inputs(parent) or len(twins) > 1 else []
     if calls(node, *_MAYBE_ALIAS):
         return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
     return [arg for arg, info in _schema_inputs(node) if info is not None]
