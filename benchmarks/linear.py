@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from qcompiler.kernels.formats import AFFINE, AffineSpec
 from qcompiler.kernels.formats.affine import num_groups
 from qcompiler.kernels.tuning.tables import LinearConfig, table_key, table_path, token_bucket
@@ -150,6 +151,7 @@ def tinygemm(
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     import triton
+
     from qcompiler.kernels.triton.linear_affine import linear_affine_triton
     from qcompiler.kernels.tuning.tables import linear_config
 

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 import torch
+
+import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 from qcompiler.kernels.cpu import linear_affine as cpu
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec

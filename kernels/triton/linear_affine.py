@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
 from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
@@ -23,7 +25,6 @@ from qcompiler.kernels.triton.linear_affine_gemv import (
     sum_partials,
 )
 from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
-from triton.runtime.interpreter import InterpretedFunction
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, spread_high
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 
 
