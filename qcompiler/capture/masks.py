@@ -138,7 +138,13 @@ def describe(mask_function: Callable[..., Any]) -> MaskSpec:
 
 
 # Ops through which ones stay ones.
-_COPIES = {"aten.to.dtype", "aten.to.device", "aten.to.dtype_layout", "aten.expand.default", "aten._to_copy.default"}
+_COPIES = {
+    "aten.to.dtype",
+    "aten.to.device",
+    "aten.to.dtype_layout",
+    "aten.expand.default",
+    "aten._to_copy.default",
+}
 # Building block -> the closure cells that hold its sizes.
 _OVERLAYS = {
     "sliding_window_overlay.<locals>.inner_mask": ("sliding_window",),

@@ -43,6 +43,7 @@ class Family:
         shows: What of attention or layout this row exercises.
         label: Name of the row; the model type unless a type has several rows.
         architecture: Class to capture where it is not the default of the type.
+        since: First transformers release whose model can be captured.
     """
 
     model_type: str
@@ -50,6 +51,7 @@ class Family:
     shows: str = ""
     label: str = ""
     architecture: str | None = None
+    since: str = "5.10"
 
     @property
     def name(self) -> str:
@@ -147,7 +149,7 @@ SUPPORTED: tuple[Family, ...] = (
         {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
         "own scales",
     ),
-    Family("granitemoe", {"num_local_experts": 4}, "experts"),
+    Family("granitemoe", {"num_local_experts": 4}, "experts", since="5.17"),
     Family("cohere", {"use_qk_norm": True}, "interleaved rotary, parallel block"),
     Family(
         "cohere2",
@@ -179,6 +181,7 @@ SUPPORTED: tuple[Family, ...] = (
             "topk_method": "group_limited_greedy",
         },
         "head_dim ≠ v_dim, experts",
+        since="5.17",
     ),
     Family(
         "deepseek_v3",
@@ -326,10 +329,13 @@ class Comparison:
 
 
 def known(family: Family) -> bool:
-    """Whether the installed transformers has this model type."""
+    """Whether the installed transformers has this model type, in a form that can be captured."""
+    import transformers
+    from packaging.version import Version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return family.model_type in CONFIG_MAPPING_NAMES
+    new_enough = Version(transformers.__version__) >= Version(family.since)
+    return new_enough and family.model_type in CONFIG_MAPPING_NAMES
 
 
 def compare(family: Family) -> Comparison:

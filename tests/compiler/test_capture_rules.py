@@ -178,7 +178,6 @@ ACROSS: dict[str, Callable[..., Tensor]] = {
     "largest position": lambda h, p: h * p.max(),
     "position differences": lambda h, p: h * torch.diff(p, prepend=p[:, :1], dim=-1)[..., None],
     "first token": lambda h, p: h[:, 0],
-    "all but the first": lambda h, p: torch.ops.aten.slice.Tensor(h, 1, 1, h.shape[1]),
     "shifted tokens": lambda h, p: torch.nn.functional.pad(h, (0, 0, 1, 0))[:, :-1],
     "flipped tokens": lambda h, p: h.flip(1),
     "prefix": lambda h, p: torch.cat([torch.zeros_like(h[:, :1]), h], 1),
