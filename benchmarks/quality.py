@@ -11,6 +11,7 @@ benchmarks/results/quality-<model>.json, and from there between the markers of d
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import sys
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
 from qcompiler.methods.base import get_method
-from qcompiler.quality import QualityMeter, windows
+from qcompiler.quality import Quality, QualityMeter, windows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -91,6 +92,7 @@ class Bench:
         }
         self.weights = {name: module.weight.detach().clone() for name, module in self.linears.items()}
         self.original = [self.logits(window) for window in self.windows]
+        self.seen: dict[bytes, Quality] = {}
 
     @torch.inference_mode()
     def logits(self, window: Tensor) -> Tensor:
@@ -101,21 +103,29 @@ class Bench:
         """Quantize, run and compare; `seconds` are those of quantizing (packing included) alone."""
         quantize = quantizer(method, bits)
         seconds = 0.0
+        digest = hashlib.sha256()
         for name, module in self.linears.items():
             start = time.perf_counter()
             restored = quantize(name, self.weights[name])
             seconds += time.perf_counter() - start
             module.weight.data = restored
-        meter = QualityMeter()
-        for window, original in zip(self.windows, self.original, strict=True):
-            meter.update(original, self.logits(window), window[1:])
+            digest.update(restored.contiguous().numpy().data)
         return {
             "method": method,
             "bits": bits,
             "bits_per_weight": self.bits_per_weight(bits),
             "seconds": seconds,
-            **meter.result().to_json(),
+            **self.quality(digest.digest()).to_json(),
         }
+
+    def quality(self, digest: bytes) -> Quality:
+        """Figures of the weights in place; equal weights, told by their digest, are run once."""
+        if digest not in self.seen:
+            meter = QualityMeter()
+            for window, original in zip(self.windows, self.original, strict=True):
+                meter.update(original, self.logits(window), window[1:])
+            self.seen[digest] = meter.result()
+        return self.seen[digest]
 
     def bits_per_weight(self, bits: int) -> float:
         """Everything stored for the linears over the number of their weights."""
@@ -172,11 +182,31 @@ def write_between(name: str, body: str) -> None:
     DOCUMENT.write_text(f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
-def write_document(models: list[str]) -> None:
-    results = [json.loads((RESULTS / f"quality-{model}.json").read_text()) for model in models]
-    for result in results:
-        write_between(result["model"], table(result))
-    write_between("ratios", ratios(results))
+def path(model: str) -> Path:
+    return RESULTS / f"quality-{model}.json"
+
+
+def load(model: str) -> dict:
+    return json.loads(path(model).read_text(encoding="utf-8"))
+
+
+def is_complete(model: str) -> bool:
+    return path(model).exists() and {row["bits"] for row in load(model)["rows"]} == set(BITS)
+
+
+def store(settings: dict, rows: list[dict]) -> None:
+    """Write rows beside those of other widths that were measured under the same settings."""
+    kept: list[dict] = []
+    if path(settings["model"]).exists():
+        earlier = load(settings["model"])
+        if {key: value for key, value in earlier.items() if key != "rows"} == settings:
+            measured = {(row["method"], row["bits"]) for row in rows}
+            kept = [row for row in earlier["rows"] if (row["method"], row["bits"]) not in measured]
+    everything = sorted(kept + rows, key=lambda row: (-row["bits"], METHODS.index(row["method"])))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path(settings["model"]).write_text(
+        json.dumps({**settings, "rows": everything}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
@@ -184,6 +214,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder that holds the model folders")
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--names", nargs="+", default=["tiny-llama", "small-llama"])
+    parser.add_argument("--bits", nargs="+", type=int, default=sorted(BITS, reverse=True))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
@@ -192,12 +223,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for name in [] if args.tables_only else args.names:
         bench = Bench(args.models / name, args.text, args.tokens, args.context)
-        rows = []
-        for bits in sorted(BITS, reverse=True):
-            for method in METHODS:
-                rows.append(bench.measure(method, bits))
-                print(name, bits, method, f"KL {rows[-1]['kl_mean']:.5f}", file=sys.stderr)
-        result = {
+        settings = {
             "model": name,
             "text": args.text.name,
             "tokens": args.tokens,
@@ -206,11 +232,16 @@ def main() -> None:
             "threads": args.threads,
             "torch": torch.__version__,
             "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "rows": rows,
         }
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"quality-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_document(args.names if not args.tables_only else ["tiny-llama", "small-llama"])
+        for bits in args.bits:
+            rows = [bench.measure(method, bits) for method in METHODS]
+            for row in rows:
+                print(name, bits, row["method"], f"KL {row['kl_mean']:.5f}", file=sys.stderr)
+            store(settings, rows)
+    complete = [name for name in ("tiny-llama", "small-llama") if is_complete(name)]
+    for name in complete:
+        write_between(name, table(load(name)))
+    write_between("ratios", ratios([load(name) for name in complete]))
 
 
 if __name__ == "__main__":

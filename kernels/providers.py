@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 import torch
+
+import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 from qcompiler.kernels.cpu import linear_affine as cpu
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
@@ -44,7 +45,7 @@ class Provider(ABC):
     @property
     @abstractmethod
     def op(self) -> torch._ops.OpOverload:
-        """The op to call, with the activation first and all else by the names in its schema (see `bind`)."""
+        """The op to call: the activation first, all else by the names in its schema (see `bind`)."""
 
     @abstractmethod
     def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -54,7 +55,7 @@ class Provider(ABC):
     def prepare(
         self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
     ) -> tuple[Tensors, Attributes]:
-        """The op's own tensors and attributes, made once from the canonical ones; absent tensors are left out."""
+        """The op's own tensors and attributes, made once from the canonical ones."""
 
     def bind(self, x: Any, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Positional arguments of `op`; optional tensors that are absent become None."""
@@ -137,7 +138,7 @@ class AffineCpuInt4(_AffineCpu):
             raise InvalidInputError(f"{self.name} {self.supports(attrs, tensors)}.")
         if not spec.group_size:
             scales, zeros = (side.expand(-1, attrs["in_features"] // group) for side in (scales, zeros))
-        # Codes of fewer bits move to the middle of the 16, which keeps the bfloat16 offset (8 − zero)·scale small.
+        # Codes of fewer bits move to the middle of the 16: the bfloat16 offset (8 − zero)·scale stays small.
         shift = 8 - (1 << (spec.bits - 1))
         kept = self._start(tensors, attrs)
         kept["packed"], kept["scales_and_zeros"] = cpu.pack_int4(codes + shift, scales, zeros.float() + shift)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -53,7 +55,7 @@ def _rewrite(gm: GraphModule, norm: Node, total: Node) -> str | None:
         return "the terms of the addition have different dtypes"
     _, weight, eps, offset, cast_first = norm.args
     first = min(total.users)  # the norm, unless someone reads the sum before it
-    if first is not norm and isinstance(weight, Node) and precedes(first, weight):
+    if first is not norm and isinstance(weight, fx.Node) and precedes(first, weight):
         if weight.op != "get_attr":
             return "the sum is read before the norm's weight is computed"
         first.prepend(weight)

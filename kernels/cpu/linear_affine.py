@@ -10,6 +10,7 @@ slower than bf16 on long prompts.
 from __future__ import annotations
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
 

@@ -103,8 +103,9 @@ def softmax_attention(
             return out.reshape(batch, heads, 1, v.shape[-1])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
 
-    grouped = q.float().unflatten(1, (-1, group))  # [B, Hkv, G, T, D]
-    scores = torch.matmul(grouped, k.float().transpose(-1, -2).unsqueeze(2)).mul_(scale)
+    # The heads of a group are rows of one matrix, so that no key is repeated; scores are [B, Hkv, G, T, S].
+    grouped = q.float().reshape(batch, -1, group * rows, q.shape[-1])
+    scores = torch.matmul(grouped, k.float().transpose(-1, -2)).mul_(scale).unflatten(2, (group, rows))
     if softcap > 0:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
     if mask is not None:
@@ -118,7 +119,7 @@ def softmax_attention(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - top)
-    out = torch.matmul(weights, v.float().unsqueeze(2)) / total
+    out = torch.matmul(weights.flatten(2, 3), v.float()).unflatten(2, (group, rows)) / total
     return out.flatten(1, 2).to(q.dtype)
 
 

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
 from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
@@ -23,7 +25,6 @@ from qcompiler.kernels.triton.linear_affine_gemv import (
     sum_partials,
 )
 from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
-from triton.runtime.interpreter import InterpretedFunction
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
@@ -43,6 +44,12 @@ def linear_affine_triton(
 ) -> torch.Tensor:
     """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
     check_linear_affine(x, low, high, scales, bits, group_size, in_features)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(x.device):
+            return linear_affine_triton(
+                x, low, high, scales, zeros, bias, bits, group_size, in_features, config
+            )
     out_features = low.shape[0]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:

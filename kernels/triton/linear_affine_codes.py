@@ -62,16 +62,14 @@ def plane_bits(low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constex
 
 @triton.jit
 def interleave(even, odd):
-    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; no instruction where both sit in
-    one thread.
-    """
+    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; free where a thread has both."""
     return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
 
 
 @triton.jit
 def _pair_of(value, HALF: tl.constexpr):
     """A float32 rounded to HALF, twice in an int32."""
-    if tl.bfloat16 == HALF:
+    if HALF == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -84,7 +82,7 @@ def _pair_of(value, HALF: tl.constexpr):
 @triton.jit
 def _fma_pair(a, b, c, HALF: tl.constexpr):
     """a·b + c on the two halves of int32s; in assembly because the compiler would split and re-pack them."""
-    if tl.bfloat16 == HALF:
+    if HALF == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -148,7 +146,7 @@ def dequantize_plane(
     arithmetic and the result are float32.
     """
     CENTRE: tl.constexpr = 1 << (BITS - 1)
-    if BITS == 8 and tl.bfloat16 == HALF:
+    if BITS == 8 and HALF == tl.bfloat16:
         even = _byte_float(low, j, COMPILED) - (8388608.0 + CENTRE)
         odd = _byte_float(low, j + 2, COMPILED) - (8388608.0 + CENTRE)
         weight = interleave(even, odd) * scale + offset
@@ -156,18 +154,18 @@ def dequantize_plane(
             weight = weight.to(HALF)
         return weight
     else:
-        MAGIC: tl.constexpr = 0x43004300 if tl.bfloat16 == HALF else 0x64006400
+        MAGIC: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
         pair = plane_bits(low, high, j, BITS, MAGIC, COMPILED)
         if COMPILED:
             # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
             # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
-            ONE: tl.constexpr = 0x3F803F80 if tl.bfloat16 == HALF else 0x3C003C00
-            BASE: tl.constexpr = ((0xC300 if tl.bfloat16 == HALF else 0xE400) + CENTRE) * 0x00010001 - 2**32
+            ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
+            BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
             one = tl.full(pair.shape, ONE, tl.int32)
             pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
             return _halves(_fma_pair(pair, _pair_of(scale, HALF), _pair_of(offset, HALF), HALF), HALF)
         else:
-            POWER: tl.constexpr = 128.0 if tl.bfloat16 == HALF else 1024.0
+            POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
             return (_halves(pair, HALF).to(tl.float32) - (POWER + CENTRE)) * scale + offset
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 
 
 @triton.jit
 def _x_pair(x, at, present, K, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, HALF: tl.constexpr):
-    """x[2·at] and x[2·at + 1] as float32, 0 from K on; PAIRS: 16-bit x two at a time through an int32 pointer."""
+    """x[2·at] and x[2·at + 1] as float32, 0 from K on; PAIRS: 16-bit x, both in one int32 load."""
     if PAIRS:
         mask = present if EVEN_K else present & (2 * at < K)
         pair = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
-        if tl.bfloat16 == HALF:
+        if HALF == tl.bfloat16:
             return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
         else:
             even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
@@ -85,7 +86,7 @@ def linear_affine_gemv(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
     sums = ()
     for _ in tl.static_range(BM):
-        sums = sums + (tl.zeros((BN, LANES // 2), dtype=tl.float32),)
+        sums = sums + (tl.zeros((BN, LANES // 2), dtype=tl.float32),)  # type: ignore[assignment]
     for tile in range(first, last):
         at = tile * (LANES // 2) + column
         if WIDTH != LANES:
@@ -109,7 +110,7 @@ def linear_affine_gemv(
             for m in tl.static_range(BM):
                 even_x, odd_x = _x_pair(x + m * x_stride, pair, m < M, K, PAIRS, EVEN_K, HALF)
                 product = even * even_x + odd * odd_x - zero * (even_x + odd_x)
-                grown = grown + (sums[m] + scale * product,)
+                grown = grown + (sums[m] + scale * product,)  # type: ignore[assignment]
             sums = grown
 
     out += split.to(tl.int64) * M * N

@@ -15,7 +15,16 @@ from qcompiler.kernels.errors import UnsupportedModelError
 
 # Values of `config.layer_types` (and older spellings of that attribute) that mean softmax attention.
 _ATTENTION_LAYERS = frozenset(
-    {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local", "full", "sliding"}
+    {
+        "full_attention",
+        "sliding_attention",
+        "chunked_attention",
+        "attention",
+        "global",
+        "local",
+        "full",
+        "sliding",
+    }
 )
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 
@@ -35,8 +44,8 @@ def refuse_by_structure(model: Any) -> None:
         other = sorted({str(kind) for kind in used[: model.config.num_hidden_layers]} - _ATTENTION_LAYERS)
         if other:
             raise UnsupportedModelError(
-                f"some of its layers are {', '.join(other)} ({attribute}): they carry a state that is not a cache of "
-                "keys and values (recurrent or linear attention)"
+                f"some of its layers are {', '.join(other)} ({attribute}): their state is no cache "
+                "of keys and values (recurrent or linear attention)"
             )
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)) and max(module.kernel_size) > 1:
@@ -47,7 +56,8 @@ def refuse_by_structure(model: Any) -> None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         kind = "ALiBi" if _has_alibi(model) else "recurrent layers, or positions it counts itself"
         raise UnsupportedModelError(
-            f"its forward takes no position_ids ({kind}), so several sequences cannot stand end to end in one batch row"
+            f"its forward takes no position_ids ({kind}), "
+            "so several sequences cannot stand end to end in one batch row"
         )
 
 
@@ -55,4 +65,7 @@ def _has_alibi(model: Any) -> bool:
     attention = getattr(model.config, "attn_config", None)
     if getattr(model.config, "alibi", False) or getattr(attention, "alibi", False):
         return True
-    return any(hasattr(module, "build_alibi_tensor") or hasattr(module, "build_mpt_alibi_tensor") for module in model.modules())
+    return any(
+        hasattr(module, "build_alibi_tensor") or hasattr(module, "build_mpt_alibi_tensor")
+        for module in model.modules()
+    )

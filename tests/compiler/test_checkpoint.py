@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
+from safetensors.torch import load_file, save_file
+
 from qcompiler.capture import ModelSource
 from qcompiler.capture.matrix import Family
 from qcompiler.checkpoint import Checkpoint, load_config, locate
-from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
-from safetensors.torch import load_file, save_file
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -30,9 +31,22 @@ FAMILIES = [
     # twelve experts: the tenth must not sort before the second
     Family("qwen3_moe", {"num_experts": 12, **_MOE, "head_dim": 16}),
     Family("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    Family("deepseek_v3", {"n_routed_experts": 4, **_MOE, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-           "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}),
-]  # fmt: skip
+    Family(
+        "deepseek_v3",
+        {
+            "n_routed_experts": 4,
+            **_MOE,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+        },
+    ),
+]
 
 
 def saved(family: Family, folder: Path, **options: Any) -> Any:

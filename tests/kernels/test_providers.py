@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import AFFINE, AffineSpec
 from qcompiler.kernels.formats.affine import BITS, num_groups

@@ -66,7 +66,10 @@ def test_of_two_norms_of_one_sum_the_first_takes_it(lab):
         (lambda m, x, r: m.norm(torch.add(x, r, alpha=2)), "scales its second term"),
         (lambda m, x, r: m.norm(x + r[:, :, :1]), "different shapes"),
         (lambda m, x, r: m.norm(x + 1.0), "different shapes"),
-        (lambda m, x, r: (s := x + r) * 2 + weighted(s, r[0, 0].tanh()), "before the norm's weight is computed"),
+        (
+            lambda m, x, r: (s := x + r) * 2 + weighted(s, r[0, 0].tanh()),
+            "before the norm's weight is computed",
+        ),
     ],
 )
 def test_near_misses_say_why(lab, rule, reason):

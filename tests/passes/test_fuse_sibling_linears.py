@@ -36,7 +36,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q = self.q_proj(x).view(1, -1, 4, 16).transpose(1, 2)
-        return torch.cat([q.transpose(1, 2).flatten(2), self.k_proj(x), self.v_proj(x).view(1, -1, 32)], dim=-1)
+        return torch.cat(
+            [q.transpose(1, 2).flatten(2), self.k_proj(x), self.v_proj(x).view(1, -1, 32)], dim=-1
+        )
 
 
 class Block(nn.Module):
@@ -60,7 +62,10 @@ def test_three_linears_become_one_and_slices(lab):
     assert lab.ops(gm)[LINEAR] == 1
     assert lab.ops(gm)["aten.slice.Tensor"] == 3
     name = "self_attn.q_proj_and_k_proj_and_v_proj"
-    assert sorted(k for k, _ in (*gm.named_parameters(), *gm.named_buffers())) == [f"{name}.bias", f"{name}.weight"]
+    assert sorted(k for k, _ in (*gm.named_parameters(), *gm.named_buffers())) == [
+        f"{name}.bias",
+        f"{name}.weight",
+    ]
     recipes = weight_recipes(gm)
     assert recipes[f"{name}.weight"] == Concat(tuple(Loaded(f"self_attn.{p}_proj.weight") for p in "qkv"), 0)
     assert recipes[f"{name}.bias"].parts[1] == Zeros((32,), torch.float32)
@@ -92,7 +97,9 @@ def test_quantized_siblings_give_the_same_numbers(lab, bits):
     ]
     assert gm.get_buffer(f"{name}.scales").shape == (2, 128)
     shapes = get_format("affine").tensor_specs(spec, 128, 64)
-    assert {k: tuple(gm.get_buffer(f"{name}.{k}").shape) for k in shapes} == {k: s.shape for k, s in shapes.items()}
+    assert {k: tuple(gm.get_buffer(f"{name}.{k}").shape) for k in shapes} == {
+        k: s.shape for k, s in shapes.items()
+    }
 
 
 def test_different_formats_stay_apart_with_the_reason(lab):
@@ -141,7 +148,9 @@ def test_the_order_is_that_of_the_graph(lab):
 
 
 def _quantizer():
-    spec = importlib.util.spec_from_file_location("rtn", __file__.replace("fuse_sibling_linears", "quantize_linears"))
+    spec = importlib.util.spec_from_file_location(
+        "rtn", __file__.replace("fuse_sibling_linears", "quantize_linears")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.round_to_nearest

@@ -40,7 +40,9 @@ def test_each_layer_appends_to_its_pages_and_reads_them(lab):
     wanted = gm(x)
     assert InsertPagedKVCache().run(gm).matched == 2
     assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["x", *CACHE_INPUTS, *PAGES]
-    calls = [str(n.target) for n in gm.graph.nodes if "kv_append" in str(n.target) or "attention" in str(n.target)]
+    calls = [
+        str(n.target) for n in gm.graph.nodes if "kv_append" in str(n.target) or "attention" in str(n.target)
+    ]
     assert calls == ["qcompiler.kv_append.default", "qcompiler.paged_attention.default"] * 2
     k_pages, v_pages = torch.full((3, 4, 2, 8), torch.nan), torch.full((3, 4, 2, 6), torch.nan)
     pages = [k_pages, v_pages, k_pages.clone(), v_pages.clone()]
@@ -77,7 +79,9 @@ def test_a_page_size_can_be_fixed(lab):
     assert next(n for n in gm.graph.nodes if n.target == "k_pages_0").meta["val"].shape[1] == 32
 
 
-@pytest.mark.parametrize("order", [(GatherLogitsRows, InsertPagedKVCache), (InsertPagedKVCache, GatherLogitsRows)])
+@pytest.mark.parametrize(
+    "order", [(GatherLogitsRows, InsertPagedKVCache), (InsertPagedKVCache, GatherLogitsRows)]
+)
 def test_the_order_of_the_inputs_does_not_depend_on_that_of_the_passes(lab, order):
     gm = lab.export(Layers(), torch.randn(1, 9, 16), dynamic=1)
     for item in order:
@@ -98,9 +102,9 @@ def test_one_layer_that_does_not_fit_leaves_all_as_they_are(lab, options, batch,
     gm = lab.export(Layers(**options), x, dynamic=1)
     result, difference = lab.check_run(InsertPagedKVCache(), gm, x, matched=0)
     assert difference == 0
-    assert [reason in skip.reason for skip, reason in zip(result.skipped, reasons, strict=True)] == [True] * len(
-        reasons
-    )
+    assert [reason in skip.reason for skip, reason in zip(result.skipped, reasons, strict=True)] == [
+        True
+    ] * len(reasons)
 
 
 def test_a_batch_is_no_ragged_graph(lab):
@@ -120,7 +124,11 @@ def test_ragged_attention_keeps_sequences_apart(lab, causal):
     gm = lab.export(Layers(causal), x, dynamic=1)
     wanted = torch.cat([gm(part) for part in x.split([9, 1, 5], dim=1)], dim=1)
     assert InsertRagged().run(gm).matched == 2
-    assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["x", "query_start", "max_query_len"]
+    assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == [
+        "x",
+        "query_start",
+        "max_query_len",
+    ]
     got = gm(x, torch.tensor([0, 9, 10, 15], dtype=torch.int32), 9)
     assert lab.difference(got, wanted) < 1e-6
     assert InsertRagged().run(gm).matched == 0

@@ -88,7 +88,7 @@ def test_ragged_encoders_equal_eager_one_by_one(lab, name):
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_a_quantized_model_equals_eager_with_its_dequantized_weights(lab, name):
-    """Tied embeddings and Conv1D through the meta road: shapes and recipes first, numbers from the checkpoint after."""
+    """Tied embeddings and Conv1D on meta: shapes and recipes first, numbers from the checkpoint after."""
     model = lab.family(name)
     spec = AffineSpec(4, 32)
     quantize_pass = QuantizeLinears(lambda layer, *_: "kept in full" if layer == "lm_head" else spec)

@@ -47,7 +47,11 @@ def test_graphs_are_dumped_before_and_after(lab, tmp_path):
     gm = lab.export(Block(), X)
     PassManager([FuseRMSNorm(), FuseGatedActivation()], tmp_path / "graphs").run(gm)
     files = sorted((tmp_path / "graphs").iterdir())
-    assert [f.name for f in files] == ["000_captured.txt", "001_fuse_rms_norm.txt", "002_fuse_gated_activation.txt"]
+    assert [f.name for f in files] == [
+        "000_captured.txt",
+        "001_fuse_rms_norm.txt",
+        "002_fuse_gated_activation.txt",
+    ]
     before, after = files[0].read_text(), files[1].read_text()
     assert "aten.rms_norm" in before
     assert "aten.rms_norm" not in after
@@ -69,7 +73,9 @@ class Demanded(FuseRMSNorm):
 
 def test_a_required_pass_that_matches_nothing_is_an_error(lab):
     gm = lab.export(nn.Linear(8, 8), X)
-    with pytest.raises(PassError, match="fuse_rms_norm: matched nothing in this graph .nothing resembling") as error:
+    with pytest.raises(
+        PassError, match=r"fuse_rms_norm: matched nothing in this graph .nothing resembling"
+    ) as error:
         PassManager([Demanded()]).run(gm)
     assert error.value.exit_code == 1
     assert error.value.hint
@@ -110,6 +116,9 @@ class _Plain(nn.Module):
 def test_the_lists_are_explicit():
     names = [item.name for item in canonical_passes()]
     assert names.index("fuse_layer_norm") < names.index("fuse_rms_norm")
-    assert [item.name for item in lowering_passes("decoder")][-2:] == ["gather_logits_rows", "insert_paged_kv_cache"]
+    assert [item.name for item in lowering_passes("decoder")][-2:] == [
+        "gather_logits_rows",
+        "insert_paged_kv_cache",
+    ]
     assert [item.name for item in lowering_passes("encoder")][-1] == "insert_ragged"
     assert not any(item.changes_numerics for item in (*canonical_passes(), *lowering_passes()))

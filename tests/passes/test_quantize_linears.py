@@ -101,11 +101,15 @@ def test_reasons_for_what_is_left_alone(lab):
 
         def forward(self, ids):
             x = super().forward(ids)[0, :, :64]
-            x = torch.ops.qcompiler.grouped_linear(x, self.experts, torch.tensor([4, 12], dtype=torch.int32), None)
+            x = torch.ops.qcompiler.grouped_linear(
+                x, self.experts, torch.tensor([4, 12], dtype=torch.int32), None
+            )
             return nn.functional.linear(x, self.down.weight.t() + 1)
 
     gm = lab.export(Odd(), IDS)
-    result = QuantizeLinears(lambda name, *_: SPEC if name == "up" else "chosen by --skip", round_to_nearest).run(gm)
+    result = QuantizeLinears(
+        lambda name, *_: SPEC if name == "up" else "chosen by --skip", round_to_nearest
+    ).run(gm)
     reasons = dict(result.skipped)
     assert result.matched == 1
     assert reasons["down"] == reasons["head"] == "chosen by --skip"
