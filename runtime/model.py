@@ -381,7 +381,8 @@ class _Request:
         )
 
     def _watch(self, token: int) -> bool:
-        assert self._text is not None  # noqa: S101  (watched only with text)
+        if self._text is None:
+            return False
         if piece := self._text.add([token]):
             self._pieces.append(piece)
         return self._text.stopped
