@@ -184,6 +184,8 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
         )
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
+    except (TypeError, ValueError, LookupError) as e:
+        raise ArtifactError(f"{where}: settings {layer.spec} make no sense") from e
     if set(specs) != set(layer.tensors):
         raise ArtifactError(
             f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}"

@@ -116,7 +116,7 @@ def decode(raw: Any, where: str = "graph.json") -> Graph:
     top = _object(raw, where, required={"schema", "kind", "inputs", "weights", "nodes", "outputs"})
     if top["schema"] != SCHEMA or type(top["schema"]) is not int:
         raise newer_schema(where, top["schema"], SCHEMA)
-    if top["kind"] not in _KINDS:
+    if not isinstance(top["kind"], str) or top["kind"] not in _KINDS:
         raise ArtifactError(f"{where}: kind {str(top['kind'])[:40]!r} is neither decoder nor encoder")
     inputs = [_input(where, i) for i in _list(top["inputs"], f"{where} inputs", MAX_ARGS)]
     weights = _list(top["weights"], f"{where} weights", MAX_NODES)
@@ -178,7 +178,7 @@ class _Decoder:
             _check_creation(op, bound, where)
         self.known.add(name)
         dtype = raw.get("dtype")
-        if dtype is not None and dtype not in DTYPE_BY_NAME and dtype not in ("int", "float", "bool"):
+        if dtype is not None and not _known_dtype(dtype, "int", "float", "bool"):
             raise ArtifactError(f"{where}: dtype {str(dtype)[:40]!r} is not known")
         return Node(name, op, target, args, kwargs, dtype, _shape(raw.get("shape"), where), self.roots[name])
 
@@ -348,6 +348,10 @@ def _check_creation(op: str, bound: dict[str, Any], where: str) -> None:
         raise ArtifactError(f"{where}: makes a tensor of {product} elements, more than {MAX_CREATED}")
 
 
+def _known_dtype(name: Any, *others: str) -> bool:
+    return isinstance(name, str) and (name in DTYPE_BY_NAME or name in others)
+
+
 def _is_scalar_arg(value: Any) -> bool:
     return isinstance(value, Ref) or type(value) in (int, float, bool)
 
@@ -357,7 +361,7 @@ def _input(where: str, raw: Any) -> Input:
     name, dtype = raw["name"], raw["dtype"]
     if not isinstance(name, str) or not _NODE_NAME.fullmatch(name):
         raise ArtifactError(f"{where}: input name {str(name)[:80]!r} is malformed")
-    if dtype not in DTYPE_BY_NAME and dtype != "int":
+    if not _known_dtype(dtype, "int"):
         raise ArtifactError(f"{where}: input {name!r} has unknown dtype {str(dtype)[:40]!r}")
     shape = _shape(raw["shape"], f"{where}: input {name!r}")
     return Input(name, dtype, shape or ())

@@ -154,7 +154,7 @@ class Model:
                     "the artifact has no tokenizer.json",
                     hint="Use generate_tokens() and logits() with token ids.",
                 )
-            self._tokenizer = Tokenizer(path, self.artifact.json("tokenizer_config.json"))
+            self._tokenizer = Tokenizer(path, self._tokenizer_config())
         return self._tokenizer
 
     @property
@@ -167,7 +167,7 @@ class Model:
         if self._template is None:
             path = self.artifact.path("chat_template.jinja")
             source = find_template(
-                self.artifact.json("tokenizer_config.json"),
+                self._tokenizer_config(),
                 path.read_text(encoding="utf-8") if path else None,
             )
             if source is None:
@@ -290,6 +290,12 @@ class Model:
             outputs = [o[0] for o in outputs]
         return outputs[0] if isinstance(text, str) else outputs
 
+    def _tokenizer_config(self) -> dict[str, Any]:
+        config = self.artifact.json("tokenizer_config.json")
+        if config is not None and not isinstance(config, dict):
+            raise ArtifactError("tokenizer_config.json: not an object")
+        return config or {}
+
     def _encode(self, prompts: Seq[list[int]]) -> list[torch.Tensor]:
         info = self.artifact.manifest.model
         for tokens in prompts:
@@ -375,7 +381,8 @@ class _Request:
         )
 
     def _watch(self, token: int) -> bool:
-        assert self._text is not None  # noqa: S101  (watched only with text)
+        if self._text is None:
+            return False
         if piece := self._text.add([token]):
             self._pieces.append(piece)
         return self._text.stopped

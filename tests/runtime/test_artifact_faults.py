@@ -342,6 +342,12 @@ def test_fault_12_hostile_argument(artifact, reseal, argument):
     refused(reseal(artifact), "graph.json", "aten.transpose.int")
 
 
+@pytest.mark.parametrize("dtype", [[1], {"dtype": "float32"}, "object", 3])
+def test_fault_12_hostile_dtype(artifact, reseal, dtype):
+    change_graph(artifact, lambda g: g["nodes"][3].update(dtype=dtype))
+    refused(reseal(artifact), "graph.json", "dtype")
+
+
 def test_fault_12_numbers_that_grow_without_end(artifact, reseal):
     def change(graph):
         grown = {"ref": graph["nodes"][0]["name"]}
@@ -428,6 +434,14 @@ def change_layer(artifact, **changes):
 )
 def test_fault_15_packed_shape_in_the_manifest(artifact, reseal, changes):
     refused(reseal(artifact, layers=change_layer(artifact, **changes)), "o_proj")
+
+
+def test_fault_15_settings_of_another_type(artifact, reseal):
+    layers = change_layer(artifact, bits=[4])
+    refused(reseal(artifact, layers=layers), "o_proj")
+    layers = change_layer(artifact)
+    layers[0]["spec"]["scale_dtype"] = ["float16"]
+    refused(reseal(artifact, layers=layers), layers[0]["name"])
 
 
 def test_fault_15_unknown_format(artifact, reseal):

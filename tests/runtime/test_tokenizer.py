@@ -115,6 +115,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_tokenizer_that_contradicts_itself_is_refused(tiny_folder, tmp_path):
+    spec = json.loads((tiny_folder / "tokenizer.json").read_text())
+    spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = "nowhere"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def pieces_of(tokenizer, ids):
     stream = Detokenizer(tokenizer)
     return [stream.add([i]) for i in ids] + [stream.flush()]
