@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qcompiler.kernels.errors import UnsupportedModelError
 
 from qcompiler.capture import CapturedModel, ModelSource, capture
 from qcompiler.capture.interpret import GraphRunner
 from qcompiler.capture.matrix import Family, eager_logits, eager_model, inputs, relative_difference
+from qcompiler.kernels.errors import UnsupportedModelError
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from qcompiler.kernels.errors import UnsupportedModelError
 from torch import Tensor, fx
 from transformers import masking_utils as tm
 
@@ -16,6 +15,7 @@ from qcompiler.capture.graph import GraphBuilder
 from qcompiler.capture.interpret import GraphRunner
 from qcompiler.capture.masks import MaskSpec, describe, mask_interface, spec_of
 from qcompiler.capture.ragged import check_ragged, indices_to_positions
+from qcompiler.kernels.errors import UnsupportedModelError
 
 # Masks: the spec of transformers' composed mask functions.
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
 from safetensors.torch import load_file, save_file
 
 from qcompiler.capture import ModelSource
 from qcompiler.capture.matrix import Family
 from qcompiler.checkpoint import Checkpoint, load_config, locate
+from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qcompiler.kernels.errors import UnsupportedModelError
 
 from qcompiler.capture import ModelSource, capture
 from qcompiler.capture.matrix import REFUSED, SUPPORTED, Family, compare, known, table
+from qcompiler.kernels.errors import UnsupportedModelError
 
 # fp32, two layers: rounding of sums in another order, relative to the largest logit
 TOLERANCE = 1e-5

@@ -65,7 +65,10 @@ def put(model, name: str, weight: torch.Tensor) -> int:
 
 def fused(parent, rows: int) -> list[str]:
     for names in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
-        if all(hasattr(parent, n) for n in names) and sum(getattr(parent, n).out_features for n in names) == rows:
+        if (
+            all(hasattr(parent, n) for n in names)
+            and sum(getattr(parent, n).out_features for n in names) == rows
+        ):
             return names
     raise AssertionError(f"no linears of {type(parent).__name__} have {rows} rows together")
 
