@@ -106,7 +106,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
     layers = cast("QuantizeResult", result).quantized
-    layer_plan.check_all_used([layer.name for layer in [*layers, *skipped]])
+    layer_plan.check_all_used([layer.name for layer in layers] + [layer.name for layer in skipped])
     return CompilePlan(
         options,
         source,
