@@ -6,10 +6,9 @@ several stored tensors (stacked experts) costs its own size, never the model's.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,8 +37,6 @@ class Checkpoint:
     _recipes: dict[str, Recipe] = field(repr=False)
     _wanted: dict[str, torch.Tensor] = field(repr=False)
     _tied: dict[str, str] = field(repr=False)
-    _files: dict[Path, Any] = field(default_factory=dict, repr=False)
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
     _siblings: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -71,8 +68,6 @@ class Checkpoint:
     def close(self) -> None:
         """Unmap the files; tensors already read stay valid."""
         self._siblings.clear()
-        self._files.clear()
-        self._stack.close()
 
     def names(self) -> list[str]:
         """Names of the distinct parameters and persistent buffers; of tied ones, the one that is kept."""
@@ -162,9 +157,10 @@ class Checkpoint:
     def _read(self, name: str) -> torch.Tensor:
         file = self._stored[name].file
         try:
-            if file not in self._files:
-                self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            return self._files[file].get_tensor(name)
+            # Mapped anew for each tensor: pages of a mapping count as resident until it is gone, so a
+            # mapping kept open would let a compile appear (and be killed) as large as its checkpoint.
+            with safe_open(file, framework="pt", device="cpu") as mapped:
+                return mapped.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InvalidInputError(
                 f"{file.name} cannot be read: {error}", hint="Download the file again."
