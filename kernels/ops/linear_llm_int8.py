@@ -40,8 +40,8 @@ def quantize_rows(
         values = values.masked_fill(outliers, 0.0)
         columns = outliers.any(dim=0)
     absmax = values.abs().amax(dim=1) if values.numel() else values.new_zeros(x.shape[0])
-    # An all-zero row has the scale infinity; its codes must be 0, not NaN.
-    codes = torch.round(values * (127.0 / absmax.clamp_min(1e-38))[:, None])
+    # The factor of an all-zero row must stay finite: its codes are 0, not NaN.
+    codes = torch.round(values * (127.0 / absmax.clamp_min(1e-30))[:, None])
     if columns is not None:
         codes = codes.masked_fill(columns, 0.0)
     return codes.to(torch.int8), absmax, columns
