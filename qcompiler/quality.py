@@ -58,7 +58,7 @@ class Quality:
         """
         if not self.kl_mean <= max_kl:
             raise QualityGateError(
-                f"KL divergence {self.kl_mean:.4g} ± {self.kl_se:.2g} is above the limit {max_kl:g}",
+                f"KL divergence {self.kl_mean:.4g} ± {self.kl_se:.2g} is above the limit {max_kl:g} (--max-kl)",
                 hint="Use more bits, a smaller group size, or keep sensitive layers at higher precision.",
             )
 

@@ -1,79 +1,65 @@
-"""What the launchers of blockwise and per-channel linears share: the choice of a kernel, and the split-K sum."""
+"""What every launcher needs: the tensor's device as the current one, its size, and row addressing."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import contextlib
+import functools
 
 import torch
-import triton
-
-from qcompiler.kernels.triton.linear_affine_gemv import sum_partials
-from qcompiler.kernels.tuning.tables import LinearConfig, load_table, token_bucket
-
-_SUM_BLOCK = 512
 
 
-def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig:
-    """The tuning table's entry for this op, format, shape and number of tokens, or a sane one.
-
-    Args:
-        weight_key: Op and format, e.g. "linear_lut4/nf4-b64".
-        x: Activations [tokens, in_features].
-        out_features: N.
-    """
-    dtype = str(x.dtype).removeprefix("torch.")
-    gpu, sms = _device(x.device)
-    return _choose(weight_key, gpu, sms, out_features, x.shape[1], token_bucket(x.shape[0]), dtype)
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make x's GPU the current one; Triton launches on the current device, the dispatcher does not switch."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
-@lru_cache(maxsize=4096)
-def _choose(
-    weight_key: str, gpu: str, sms: int, n: int, k: int, bucket: int, dtype: str
-) -> LinearConfig:
-    key = f"{weight_key}/n{n}-k{k}/m{bucket}/{dtype}"
-    entry = load_table(gpu).get(key) if gpu else None
-    return entry or heuristic(n, k, bucket, dtype, sms)
-
-
-def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
-    """A sane configuration where nothing was measured.
-
-    One or two tokens run on the float32 units, up to 512 on tensor cores with the weight decoded in
-    registers; beyond that it would be decoded too often, so it is written out once. float32
-    activations never use tensor cores, which would round them.
-    """
-    if tokens <= 2:
-        programs = -(-n // 4)
-        return LinearConfig("gemv", 4, 1, max(1, min(2 * sms // programs, k // 4096, 8)), 4, 2)
-    if dtype == "float32" or tokens > 512:
-        return LinearConfig("dense")
-    if tokens <= 64:
-        block_n, block_m, warps, stages = 64, max(16, tokens), 4, 3
-    else:
-        block_n, block_m, warps, stages = 128, 128, 8, 2
-    programs = -(-n // block_n) * -(-tokens // block_m)
-    split = max(1, min(2 * sms // programs, k // 1024, 8))
-    return LinearConfig("gemm", block_n, block_m, split, warps, stages)
-
-
-def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [M, N] = Σ over partials [split, M, N], always in the same order, plus bias [N]."""
-    count = out.numel()
-    sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
-        partials,
-        bias if bias is not None else partials,
-        out,
-        count,
-        out.shape[1],
-        SPLIT=partials.shape[0],
-        HAS_BIAS=bias is not None,
-        BLOCK=_SUM_BLOCK,
-    )
-
-
-@lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[str, int]:
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; an H100's 132 for the interpreter."""
     if device.type != "cuda":
-        return "", 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int, int]:
+    """Address x [..., N] as rows at `r // inner · outer_stride + r % inner · inner_stride`.
+
+    Slices of a fused projection, also when split into heads, are read in place;
+    anything less regular is copied. One run of rows has inner 1, which Triton
+    compiles away.
+
+    Returns:
+        (x or its copy, rows, inner, outer_stride, inner_stride), strides in elements.
+    """
+    columns = x.shape[-1]
+    rows = x.numel() // columns if columns else 0
+    groups = _collapse(x)
+    if len(groups) > 2 or (columns > 1 and x.stride(-1) != 1):
+        x = x.contiguous()
+        groups = [(rows, columns)]
+    if not groups:
+        groups = [(1, columns)]
+    if len(groups) == 1:
+        groups.append((1, 0))
+    (_, outer_stride), (inner, inner_stride) = groups
+    return x, rows, max(inner, 1), outer_stride, inner_stride
+
+
+def _collapse(x: torch.Tensor) -> list[tuple[int, int]]:
+    """Leading dimensions of x as (size, stride), neighbours merged where one stride walks both."""
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    return groups

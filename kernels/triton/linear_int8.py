@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.launch import choose_config, sum_split
+from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
 from qcompiler.kernels.triton.linear_int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.launch import choose_config
+from qcompiler.kernels.triton.linear_launch import choose_config
 from qcompiler.kernels.triton.linear_int8 import int8_product
 from qcompiler.kernels.tuning.tables import LinearConfig
 

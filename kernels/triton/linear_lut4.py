@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.lut4 import dynamic_map, table
 from qcompiler.kernels.ops.linear_lut4 import check_linear_lut4
-from qcompiler.kernels.triton.launch import choose_config, sum_split
+from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
 from qcompiler.kernels.triton.linear_lut4_kernels import (
     dequantize_lut4_kernel,
     linear_lut4_gemm,

@@ -12,13 +12,14 @@ sums over the group. The last rounds are run on scales and zeros as stored, and 
 only where it beats plain rounding.
 
 The importances u stand in for the inputs that a calibration-free method does not see. With c_j the
-root mean square of column j and y = w/c_j, u = c_j⁻²·sqrt(1 + y²): errors count relative to the
+size of column j (its mean magnitude) and y = w/c_j, u = c_j⁻²·sqrt(1 + y²): errors count relative to the
 column, so that a scale moved between an input feature and its column (as normalisation layers have
 it) changes nothing, and large weights count somewhat more than small ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -96,11 +97,13 @@ class HQQ(AffineMethod):
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
 
     def statistics(self, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """1/c and (mean c/c)² of the columns' root mean squares c, limited; both fp32 [columns]."""
-        norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-        rms = norms / weight.shape[0] ** 0.5
-        average = rms.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-        relative = (rms / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
+        """1/c and (average c / c)² of the columns' sizes c, limited; both fp32 [columns]."""
+        # The mean magnitude, unlike the root mean square, does not let one outlier decide for its column;
+        # the factor makes them equal for normal weights.
+        sums = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float32)
+        columns = sums * (math.sqrt(math.pi / 2) / weight.shape[0])
+        average = columns.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        relative = (columns / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
         return 1.0 / (relative * average), relative.pow(-2)
 
     def importance(self, rows: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
