@@ -39,7 +39,9 @@ class Compiled:
         ]
         spans = []
         for address, body in code:
-            jump = re.match(r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", body)
+            jump = re.match(
+                r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", body
+            )
             if jump and jump[1] and int(jump[1], 16) < address:
                 spans.append((int(jump[1], 16), address))
         inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
