@@ -38,7 +38,6 @@ def linear_affine_gemm(
     words,
     x_stride,
     tiles_per_split,
-    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -110,7 +109,7 @@ def linear_affine_gemm(
             else:
                 groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
                 scale, offset = _scale_and_offset(scales, zeros, groups[None, :] * N + row[:, None], CENTRE)
-            weight = dequantize_plane(word, upper, magic, scale, offset, j, BITS, HALF, COMPILED)
+            weight = dequantize_plane(word, upper, scale, offset, j, BITS, HALF, COMPILED)
             acc = tl.dot(weight, xt, acc, input_precision="ieee")
 
     if HAS_BIAS:
