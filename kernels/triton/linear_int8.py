@@ -16,6 +16,7 @@ from qcompiler.kernels.triton.linear_int8_kernels import (
     linear_int8_gemm,
     linear_int8_gemv,
 )
+from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 COMPILED = not isinstance(linear_int8_gemm, InterpretedFunction)
@@ -72,7 +73,7 @@ def int8_product(
     words = in_features % 4 == 0 and codes.data_ptr() % 4 == 0
     per = 4 if words else 1
     gemv = config.kind == "gemv"
-    tile = (512 if in_features >= 2048 else 128) if gemv else 32
+    tile = 64 if gemv else 32
     tiles = triton.cdiv(in_features // per, tile)
     per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, per_split)
@@ -80,20 +81,24 @@ def int8_product(
     target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
+    float16 = x.dtype == torch.float16
+    half = tl.float16 if float16 else tl.bfloat16
+    source = x
     if gemv:
-        kernel, grid, extra = linear_int8_gemv, (blocks_n, split, tokens), {"COMPILED": COMPILED}
+        pairs = as_pairs(x) if words else None
+        source = x if pairs is None else pairs
+        kernel, grid = linear_int8_gemv, (blocks_n, split, tokens)
+        extra = {"PAIRS": pairs is not None, "HALF": half, "COMPILED": COMPILED}
     else:
-        float16 = x.dtype == torch.float16
         decode = (PAIRS_FLOAT16 if float16 else PAIRS_BFLOAT16) if COMPILED and words else ""
         kernel, grid = linear_int8_gemm, (blocks_n * triton.cdiv(tokens, config.block_m), split)
         extra = {
             "BM": config.block_m,
-            "EVEN_K": in_features % (tile * per) == 0,
-            "HALF": tl.float16 if float16 else tl.bfloat16,
+            "HALF": half,
             "DECODE": decode,
         }
     kernel[grid](
-        x,
+        source,
         codes.view(torch.int32) if words else codes,
         scales,
         bias if bias is not None else scales,
@@ -107,6 +112,7 @@ def int8_product(
         BN=config.block_n,
         UNITS=tile,
         SPLIT=split,
+        EVEN_K=in_features % (tile * per) == 0,
         HAS_BIAS=bias is not None and split == 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.x_pairs import load_pair, pair_row
+
 # $0, $1: codes (0, 1) and (2, 3) of the word $2 as pairs of halves.
 PAIRS_BFLOAT16 = """{
 .reg .b32 u, a, b; .reg .f32 f, g;
@@ -59,12 +61,15 @@ def linear_int8_gemv(
     BN: tl.constexpr,
     UNITS: tl.constexpr,
     SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """Grid (cdiv(N, BN), SPLIT, M).
 
-    x [M, K] of any float dtype, rows x_stride apart; out [M, N], or float32 partial sums [SPLIT, M, N].
+    x [M, K] of any float dtype, rows x_stride apart (or the same memory as int32, with PAIRS); out [M, N], or float32 partial sums [SPLIT, M, N].
     """
     token = tl.program_id(2)
     split = tl.program_id(1)
@@ -73,29 +78,29 @@ def linear_int8_gemv(
     per_row = K // PER
     unit_rows = row.to(tl.int64)[:, None] * per_row
     column = tl.arange(0, UNITS)
-    e = tl.arange(0, PER)
-    x += token.to(tl.int64) * x_stride
+    x_row = pair_row(x, token, x_stride, PAIRS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
     acc = tl.zeros((BN, UNITS), dtype=tl.float32)
     for tile in range(first, last):
         unit = tile * UNITS + column
         # Units past the end read the last one and meet zeros of x, so that no load of the weight needs a mask.
-        inside = tl.minimum(unit, per_row - 1)
+        if EVEN_K:
+            inside = unit
+            in_row = None
+        else:
+            inside = tl.minimum(unit, per_row - 1)
+            in_row = unit < per_row
         codes = tl.load(units + unit_rows + inside[None, :], eviction_policy="evict_first")
         if PER == 1:
-            xv = tl.load(x + unit, mask=unit < per_row, other=0.0).to(tl.float32)
+            xv = tl.load(x_row + unit, mask=unit < per_row, other=0.0).to(tl.float32)
             acc += codes.to(tl.float32) * xv[None, :]
         else:
-            xv = tl.load(x + unit[:, None] * PER + e[None, :], mask=(unit < per_row)[:, None], other=0.0)
-            even, odd = tl.split(tl.reshape(xv.to(tl.float32), (UNITS, 2, 2)))
-            x0, x2 = tl.split(even)
-            x1, x3 = tl.split(odd)
             flipped = codes ^ -2139062144  # 0x80808080
-            acc += _byte_value(flipped, 0, COMPILED) * x0[None, :]
-            acc += _byte_value(flipped, 1, COMPILED) * x1[None, :]
-            acc += _byte_value(flipped, 2, COMPILED) * x2[None, :]
-            acc += _byte_value(flipped, 3, COMPILED) * x3[None, :]
+            for j in tl.static_range(2):
+                even, odd = load_pair(x_row, unit * 2 + j, in_row, PAIRS, HALF)
+                acc += _byte_value(flipped, 2 * j, COMPILED) * even[None, :]
+                acc += _byte_value(flipped, 2 * j + 1, COMPILED) * odd[None, :]
     y = tl.sum(acc, axis=1) * tl.load(scales + row).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias + row).to(tl.float32)
@@ -150,7 +155,9 @@ def linear_int8_gemm(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for tile in range(first, last):
-        unit = tl.minimum(tile * UNITS + column, per_row - 1)
+        unit = tile * UNITS + column
+        if not EVEN_K:
+            unit = tl.minimum(unit, per_row - 1)
         codes = tl.load(units + unit_rows + unit[None, :])
         if DECODE != "":
             pairs = tl.inline_asm_elementwise(

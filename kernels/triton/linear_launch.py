@@ -43,8 +43,8 @@ def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig
     activations never use tensor cores, which would round them.
     """
     if tokens <= 2:
-        programs = -(-n // 4)
-        return LinearConfig("gemv", 4, 1, max(1, min(2 * sms // programs, k // 4096, 8)), 4, 2)
+        programs = -(-n // 16) * tokens
+        return LinearConfig("gemv", 16, 1, max(1, min(8 * sms // programs, k // 2048, 8)), 4, 3)
     if dtype == "float32" or tokens > 512:
         return LinearConfig("dense")
     if tokens <= 64:

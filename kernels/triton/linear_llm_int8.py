@@ -143,7 +143,7 @@ def linear_llm_int8_gemm(
         acc = tl.dot(w, xq, acc, out_dtype=tl.int32)
 
     x_scale = tl.load(x_absmax + token)[None, :] / 127.0
-    exact = tl.zeros((BN, BM), dtype=tl.float32)
+    y = acc.to(tl.float32) * x_scale
     count = tl.load(columns + K)
     for start in range(0, count, BO):
         at = start + tl.arange(0, BO)
@@ -152,8 +152,8 @@ def linear_llm_int8_gemm(
         left = value - tl.load(xq_rows + k[:, None]).to(tl.float32) * x_scale
         left = tl.where((at < count)[:, None], left, 0.0)
         w = tl.load(w_rows + k[None, :])
-        exact = tl.dot(w.to(HALF), left.to(HALF), exact, input_precision="ieee")
-    y = (acc.to(tl.float32) * x_scale + exact) * tl.load(scales + row).to(tl.float32)[:, None]
+        y = tl.dot(w.to(HALF), left.to(HALF), y, input_precision="ieee")
+    y *= tl.load(scales + row).to(tl.float32)[:, None]
     if HAS_BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     offsets = rm.to(tl.int64)[None, :] * N + rn[:, None]

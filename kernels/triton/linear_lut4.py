@@ -22,6 +22,7 @@ from qcompiler.kernels.triton.linear_lut4_kernels import (
     linear_lut4_gemv,
 )
 from qcompiler.kernels.triton.lut4_codes import decode_asm
+from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 COMPILED = not isinstance(linear_lut4_gemm, InterpretedFunction)
@@ -68,8 +69,7 @@ def linear_lut4_triton(
     )
     per = constants["PER"]
     gemv = config.kind == "gemv"
-    # A GEMM tile of one 64-block needs a single absmax; a dot needs 16 columns, two from each unit.
-    tile = (512 if in_features >= 4096 else 128) if gemv else (8 if block_size == 64 and per == 8 else 16)
+    tile = 64 if gemv else 16
     tiles = triton.cdiv(in_features // per, tile)
     per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, per_split)
@@ -77,19 +77,22 @@ def linear_lut4_triton(
     target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
+    half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    source = rows
     if gemv:
-        kernel, grid, extra = linear_lut4_gemv, (blocks_n, split, tokens), {}
+        pairs = as_pairs(rows)
+        source = rows if pairs is None else pairs
+        kernel, grid = linear_lut4_gemv, (blocks_n, split, tokens)
+        extra = {"PAIRS": pairs is not None, "HALF": half, "COMPILED": COMPILED}
     else:
-        half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
         kernel, grid = linear_lut4_gemm, (blocks_n * triton.cdiv(tokens, config.block_m), split)
         extra = {
             "BM": config.block_m,
-            "EVEN_K": in_features % (tile * per) == 0,
             "HALF": half,
             "DECODE": decode_asm(quant_type, x.dtype) if COMPILED and per == 8 else "",
         }
     kernel[grid](
-        rows,
+        source,
         units,
         *arguments,
         bias if bias is not None else absmax,
@@ -103,6 +106,7 @@ def linear_lut4_triton(
         BN=config.block_n,
         UNITS=tile,
         SPLIT=split,
+        EVEN_K=in_features % (tile * per) == 0,
         HAS_BIAS=bias is not None and split == 1,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -16,23 +16,9 @@ from qcompiler.kernels.triton.lut4_codes import (
     part_of_rows,
     scaled_pair,
     unit_scales,
+    word_values,
 )
-
-
-@triton.jit
-def _columns(v, T: tl.constexpr, PER: tl.constexpr):
-    """The PER columns of v [T, PER], each [T]."""
-    if PER == 2:
-        return tl.split(v)
-    else:
-        even, odd = tl.split(tl.reshape(v, (T, 4, 2)))
-        v04, v26 = tl.split(tl.reshape(even, (T, 2, 2)))
-        v15, v37 = tl.split(tl.reshape(odd, (T, 2, 2)))
-        v0, v4 = tl.split(v04)
-        v2, v6 = tl.split(v26)
-        v1, v5 = tl.split(v15)
-        v3, v7 = tl.split(v37)
-        return v0, v1, v2, v3, v4, v5, v6, v7
+from qcompiler.kernels.triton.x_pairs import load_pair, pair_row
 
 
 @triton.jit
@@ -60,11 +46,15 @@ def linear_lut4_gemv(
     BN: tl.constexpr,
     UNITS: tl.constexpr,
     SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """Grid (cdiv(N, BN), SPLIT, M).
 
-    x [M, K] rows x_stride apart; out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
+    x [M, K] rows x_stride apart (or the same memory as int32, with PAIRS); out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
     """
     token = tl.program_id(2)
     split = tl.program_id(1)
@@ -76,25 +66,33 @@ def linear_lut4_gemv(
     per_row = K // PER
     unit_rows = row.to(tl.int64)[:, None] * per_row
     column = tl.arange(0, UNITS)
-    e = tl.arange(0, PER)
-    x += token.to(tl.int64) * x_stride
+    x_row = pair_row(x, token, x_stride, PAIRS)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
     acc = tl.zeros((BN, UNITS), dtype=tl.float32)
     for tile in range(first, last):
         unit = tile * UNITS + column
         # Units past the end read the last one and meet zeros of x, so that no load of the weight needs a mask.
-        inside = tl.minimum(unit, per_row - 1)
+        if EVEN_K:
+            inside = unit
+            in_row = None
+        else:
+            inside = tl.minimum(unit, per_row - 1)
+            in_row = unit < per_row
         codes = tl.load(units + unit_rows + inside[None, :], eviction_policy="evict_first").to(tl.int32)
-        xv = tl.load(x + unit[:, None] * PER + e[None, :], mask=(unit < per_row)[:, None], other=0.0)
-        planes = _columns(xv.to(tl.float32), UNITS, PER)
         scale = unit_scales(
             absmax, nested_absmax, steps, local, first_block, first_nested, offset, inside, tile * UNITS, K,
             BN, UNITS, PER, BLOCK, CROSS, DOUBLE,
         )  # fmt: skip
+        if PER == 8:
+            weights = word_values(values, codes, COMPILED)
+        else:
+            weights = (code_value(values, codes, 0), code_value(values, codes, 1))
         product = tl.zeros((BN, UNITS), dtype=tl.float32)
-        for j in tl.static_range(PER):
-            product += code_value(values, codes, j) * planes[j][None, :]
+        for j in tl.static_range(PER // 2):
+            even, odd = load_pair(x_row, unit * (PER // 2) + j, in_row, PAIRS, HALF)
+            product += weights[2 * j] * even[None, :]
+            product += weights[2 * j + 1] * odd[None, :]
         acc += product * scale
     y = tl.sum(acc, axis=1)
     if HAS_BIAS:
@@ -161,7 +159,9 @@ def linear_lut4_gemm(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for tile in range(first, last):
-        unit = tl.minimum(tile * UNITS + column, per_row - 1)
+        unit = tile * UNITS + column
+        if not EVEN_K:
+            unit = tl.minimum(unit, per_row - 1)
         codes = tl.load(units + unit_rows + unit[None, :]).to(tl.int32)
         scale = unit_scales(
             absmax, nested_absmax, steps, local, first_block, first_nested, offset, unit, tile * UNITS, K,

@@ -3,7 +3,8 @@
 Half-precision values come from two byte tables in registers: PRMT picks four bytes at once, indexed
 by four codes; one PRMT each for codes 0-7 and 8-15 of the upper and of the lower bytes, two more by
 the codes' top bits, and two that join the bytes. That is 21 integer instructions for eight weights
-and touches no memory. float32 values are loaded from a table of 64 bytes.
+and touches no memory. float32 values come from a table spread over the lanes of a warp, one shuffle
+each, which takes the index from the low bits of a word; in the interpreter from a table in memory.
 """
 
 from __future__ import annotations
@@ -52,6 +53,41 @@ def decode_asm(quant_type: str, dtype: torch.dtype) -> str:
         lines += lookup("lo", low) + lookup("hi", high)
         lines += [f"prmt.b32 ${2 * half}, lo, hi, 0x4051;", f"prmt.b32 ${2 * half + 1}, lo, hi, 0x6273;"]
     return "\n".join([*lines, "}"])
+
+
+_SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
+# $8: a word of eight codes, $9: address of the 16 float32 values; $0-$7: the values of the codes in K order.
+SHUFFLE_ASM: tl.constexpr = tl.constexpr(
+    "\n".join(
+        [
+            "{", ".reg .b32 n, t, i; .reg .b64 p;",
+            "mov.u32 n, %laneid; and.b32 n, n, 15; mad.wide.u32 p, n, 4, $9; ld.global.nc.b32 t, [p];",
+            *(
+                f"shr.u32 i, $8, {shift}; shfl.sync.idx.b32 ${e}, t, i, 0x100f, 0xffffffff;"
+                for e, shift in enumerate(_SHIFTS)
+            ),
+            "}",
+        ]
+    )
+)  # fmt: skip
+
+
+@triton.jit
+def word_values(values, words, COMPILED: tl.constexpr):
+    """float32 table values of the eight codes of each word, in K order."""
+    if COMPILED:
+        # Not pure: a shuffle must stay where all lanes of the warp run it.
+        return tl.inline_asm_elementwise(
+            SHUFFLE_ASM, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,l", [words, values.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return (
+            code_value(values, words, 0), code_value(values, words, 1), code_value(values, words, 2),
+            code_value(values, words, 3), code_value(values, words, 4), code_value(values, words, 5),
+            code_value(values, words, 6), code_value(values, words, 7),
+        )  # fmt: skip
 
 
 @triton.jit

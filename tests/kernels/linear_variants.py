@@ -43,16 +43,22 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def types(kernel, element, **given):
+def types(kernel, element, constants, **given):
     found = {}
     for name in kernel.arg_names:
-        if name in ("x", "bias", "out"):
+        if name == "x" and constants.get("PAIRS"):
+            found[name] = "*i32"
+        elif name in ("x", "bias", "out"):
             found[name] = f"*{element}"
         elif name in ("K", "x_stride", "x_codes_stride", "codes_stride", "N"):
             found[name] = "i32:16"
         else:
             found[name] = _POINTERS.get(name, "i32")
     return found | given
+
+
+def gemv(element):
+    return {"UNITS": 64, "PAIRS": True, "HALF": _HALF[element], "COMPILED": True, "EVEN_K": True}
 
 
 def lut4_variants():
@@ -64,10 +70,10 @@ def lut4_variants():
                 config = heuristic(N, K, tokens, "bfloat16", SMS)
                 constants = weight | {"PER": 8, "BN": config.block_n, "SPLIT": 1, "HAS_BIAS": True}
                 if config.kind == "gemv":
-                    yield linear_lut4_gemv, element, given, constants | {"UNITS": 512}, config
+                    yield linear_lut4_gemv, element, given, constants | gemv(element), config
                 else:
                     decode = decode_asm("nf4", _TORCH[element])
-                    tile = {"UNITS": 8, "BM": config.block_m, "EVEN_K": True, "HALF": _HALF[element]}
+                    tile = {"UNITS": 16, "BM": config.block_m, "EVEN_K": True, "HALF": _HALF[element]}
                     yield linear_lut4_gemm, element, given, constants | tile | {"DECODE": decode}, config
         config = heuristic(N, K, 4096, "bfloat16", SMS)
         yield dequantize_lut4_kernel, "bf16", given, weight | {"PER": 8, "BN": 16, "UNITS": 32}, config
@@ -79,7 +85,7 @@ def int8_variants():
             config = heuristic(N, K, tokens, "bfloat16", SMS)
             constants = {"PER": 4, "BN": config.block_n, "SPLIT": 1, "HAS_BIAS": True}
             if config.kind == "gemv":
-                yield linear_int8_gemv, element, {"units": "*i32"}, constants | {"UNITS": 512, "COMPILED": True}, config
+                yield linear_int8_gemv, element, {"units": "*i32"}, constants | gemv(element), config
             else:
                 decode = PAIRS_BFLOAT16 if element == "bf16" else PAIRS_FLOAT16
                 tile = {"UNITS": 32, "BM": config.block_m, "EVEN_K": True, "HALF": _HALF[element]}
@@ -106,7 +112,7 @@ def main() -> None:
     for kernel, element, given, constants, config in (*lut4_variants(), *int8_variants(), *llm_int8_variants()):
         compiled = compile_sm90(
             kernel,
-            types(kernel, element, **given),
+            types(kernel, element, constants, **given),
             constants,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -116,8 +122,8 @@ def main() -> None:
             "kernel": kernel.fn.__name__, "element": element, "bm": constants.get("BM"),
             "double": constants.get("DOUBLE"), "registers": compiled.registers,
             "spill_bytes": compiled.spill_bytes, "shared_bytes": compiled.shared_bytes,
-            "wgmma": sum(loop[name] for name in ("HGMMA", "IGMMA", "QGMMA")),
-            "converts": loop["I2F"] + loop["I2FP"], "loop": dict(loop.most_common(12)), "total": loop.total(),
+            "half_mma": compiled.sass.count("HGMMA"), "integer_mma": compiled.sass.count("IGMMA"),
+            "loop": dict(loop),
         }  # fmt: skip
         print(json.dumps(row))
         sys.stdout.flush()
