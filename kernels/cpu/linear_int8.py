@@ -9,6 +9,8 @@ from qcompiler.kernels.ops.linear_llm_int8 import linear_llm_int8_reference, qua
 
 # `_weight_int8pack_mm` reads the weight once per token; from here on one conversion to float32 is cheaper.
 _MAX_PACKED_TOKENS = 8
+# Its vector loop has no tail: on other widths it reads past the end of a row.
+_PACKED_WIDTH = 16
 # Without AVX-512 `_int_mm` is a scalar loop, slower than a float32 product.
 _HAS_INT_MM = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -22,7 +24,8 @@ def linear_int8_cpu(
     """
     check_linear_int8(x, codes, scales)
     tokens = x.numel() // x.shape[-1]
-    if x.dtype != torch.bfloat16 or not 0 < tokens <= _MAX_PACKED_TOKENS or not codes.is_contiguous():
+    fits = x.dtype == torch.bfloat16 and x.shape[-1] % _PACKED_WIDTH == 0 and codes.is_contiguous()
+    if not fits or not 0 < tokens <= _MAX_PACKED_TOKENS:
         return linear_int8_reference(x, codes, scales, bias)
     rows = x.reshape(tokens, -1).contiguous()
     ones = torch.ones(codes.shape[0], dtype=torch.bfloat16)

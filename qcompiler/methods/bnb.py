@@ -21,6 +21,8 @@ from qcompiler.methods.base import Method, MethodOption
 
 # Weights worked on together; a multiple of every block size.
 _CHUNK_WEIGHTS = 1 << 22
+# What the package divides by where a block is all zeros.
+_SMALLEST = 1e-38
 # Midpoints between neighbours of a table decide the code; the package orders FP4's two zeros like this.
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
@@ -118,10 +120,10 @@ def quantize_lut4(weight: Tensor, spec: Lut4Spec) -> dict[str, Tensor]:
     nested_absmax, scaled = _normalise(absmax - offset, NESTED_BLOCK)
     steps = dynamic_map().to(weight.device)
     nested = torch.bucketize(scaled, (steps[:-1] + steps[1:]) / 2).to(torch.uint8)
-    # A block of equal absmax has nothing to scale; the package's code for it is 0.
-    nested = nested.masked_fill(
-        nested_absmax.repeat_interleave(NESTED_BLOCK)[: nested.numel()] == 0, 0
-    )
+    # Where all absmax of a block equal the mean there is nothing to scale; the package writes zeros.
+    flat_blocks = nested_absmax <= _SMALLEST
+    nested_absmax = nested_absmax.masked_fill(flat_blocks, 0.0)
+    nested = nested.masked_fill(flat_blocks.repeat_interleave(NESTED_BLOCK)[: nested.numel()], 0)
     return LUT4.pack(spec, codes, nested, nested_absmax, offset.reshape(1))
 
 
@@ -130,10 +132,10 @@ def _normalise(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     whole = values.numel() // block_size * block_size
     blocks = values[:whole].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).flatten()
+    scaled = (blocks * (1.0 / absmax.clamp(min=_SMALLEST))[:, None]).clamp(-1, 1).flatten()
     if whole < values.numel():
         rest = values[whole:]
-        largest = rest.abs().max().clamp(min=1e-38)
+        largest = rest.abs().max().clamp(min=_SMALLEST)
         absmax = torch.cat([absmax, largest[None]])
         scaled = torch.cat([scaled, (rest / largest).clamp(-1, 1)])
     return absmax, scaled
