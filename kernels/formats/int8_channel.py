@@ -1,4 +1,4 @@
-"""int8_channel: symmetric 8-bit integers with one scale per output channel, w[n, k] = codes[n, k] · scales[n].
+"""int8_channel: symmetric 8-bit integers, one scale per output channel: w[n, k] = codes[n, k] · scales[n].
 
 Stored tensors of a weight [N, K]: `codes` int8 [N, K] and `scales` [N].
 

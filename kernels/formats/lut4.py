@@ -1,4 +1,4 @@
-"""lut4: 4-bit codes into a fixed table of 16 values, one absmax per block (NF4 and FP4 of Dettmers et al. 2023, QLoRA).
+"""lut4: 4-bit codes into a table of 16 values, one absmax per block (NF4, FP4: Dettmers et al. 2023, QLoRA).
 
     w[i] = table[code[i]] · absmax[i // block_size],   i runs over the weight [N, K] row after row
 
@@ -254,7 +254,8 @@ class Lut4Format:
         if not parts:
             raise InvalidInputError("There is nothing to concatenate.")
         same = all(
-            set(tensors) == set(parts[0]) and all(t.shape[1:] == parts[0][n].shape[1:] for n, t in tensors.items())
+            set(tensors) == set(parts[0])
+            and all(t.shape[1:] == parts[0][n].shape[1:] for n, t in tensors.items())
             for tensors in parts
         )
         if not same:
@@ -348,7 +349,7 @@ def dequantize_lut4(
     block_size: int,
     in_features: int,
 ) -> torch.Tensor:
-    """The float32 weight [N, in_features] of the tensors above: the definition that every kernel must meet."""
+    """The float32 weight [N, in_features] of these tensors: the definition that every kernel must meet."""
     parts = _parts(codes, part_rows)
     blocks = [num_blocks(block_size, rows, in_features) for rows in parts]
     scales = dequantize_absmax(absmax, nested_absmax, nested_offset, blocks)

@@ -1,4 +1,4 @@
-"""`qcompiler::linear_int8`: y = x · (codes · scales)ᵀ + bias, weight-only int8 with a scale per output channel."""
+"""`qcompiler::linear_int8`: y = x · (codes · scales)ᵀ + bias, weight-only int8, one scale per channel."""
 
 from __future__ import annotations
 

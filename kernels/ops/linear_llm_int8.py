@@ -5,7 +5,7 @@ package computes it, O is the set of columns k with some |x[t, k]| >= threshold:
 
     s[t]     = max |x[t, k]| over the elements below the threshold
     q[t, k]  = round(x[t, k] · 127 / s[t]), 0 for k in O
-    y[t, n]  = s[t]/127 · scales[n] · Σ q[t, k]·codes[n, k]  +  scales[n] · Σ_{k in O} x[t, k]·codes[n, k]  +  bias[n]
+    y[t, n]  = scales[n] · (s[t]/127 · Σ q[t, k]·codes[n, k] + Σ_{k in O} x[t, k]·codes[n, k]) + bias[n]
 
 The first sum is over integers; `scales` holds SCB/127 of the package.
 """

@@ -8,7 +8,6 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
 from qcompiler.kernels.triton.linear_int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,
@@ -16,6 +15,7 @@ from qcompiler.kernels.triton.linear_int8_kernels import (
     linear_int8_gemm,
     linear_int8_gemv,
 )
+from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig
 
@@ -55,7 +55,7 @@ def int8_product(
     dtype: torch.dtype,
     config: LinearConfig,
 ) -> torch.Tensor:
-    """x · (codes · scales)ᵀ + bias by the fused kernels.
+    """Product x · (codes · scales)ᵀ + bias by the fused kernels.
 
     Args:
         x: [tokens, in_features], tokens > 0; any float dtype for a GEMV, half precision for a GEMM.
@@ -81,6 +81,7 @@ def int8_product(
     target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
+    grid: tuple[int, ...]
     float16 = x.dtype == torch.float16
     half = tl.float16 if float16 else tl.bfloat16
     source = x

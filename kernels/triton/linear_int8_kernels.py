@@ -38,7 +38,9 @@ sub.rn.f16x2 $0, a, c; sub.rn.f16x2 $1, b, c;
 def _byte_value(word, byte: tl.constexpr, COMPILED: tl.constexpr):
     """float32 of the signed byte; `word` has all sign bits flipped."""
     if COMPILED:
-        SELECT: tl.constexpr = "prmt.b32 $0, $1, 0x4B000000, " + ("0x7650;", "0x7651;", "0x7652;", "0x7653;")[byte]
+        SELECT: tl.constexpr = (
+            "prmt.b32 $0, $1, 0x4B000000, " + ("0x7650;", "0x7651;", "0x7652;", "0x7653;")[byte]
+        )
         bits = tl.inline_asm_elementwise(SELECT, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
     else:
         bits = ((word >> (8 * byte)) & 0xFF) | 0x4B000000
@@ -69,7 +71,8 @@ def linear_int8_gemv(
 ):
     """Grid (cdiv(N, BN), SPLIT, M).
 
-    x [M, K] of any float dtype, rows x_stride apart (or the same memory as int32, with PAIRS); out [M, N], or float32 partial sums [SPLIT, M, N].
+    x [M, K] of any float dtype, rows x_stride apart (or the same memory as int32, with
+    PAIRS); out [M, N], or float32 partial sums [SPLIT, M, N].
     """
     token = tl.program_id(2)
     split = tl.program_id(1)
@@ -84,7 +87,7 @@ def linear_int8_gemv(
     acc = tl.zeros((BN, UNITS), dtype=tl.float32)
     for tile in range(first, last):
         unit = tile * UNITS + column
-        # Units past the end read the last one and meet zeros of x, so that no load of the weight needs a mask.
+        # Units past the end read the last one and meet zeros of x: no load of the weight needs a mask.
         if EVEN_K:
             inside = unit
             in_row = None

@@ -1,4 +1,4 @@
-"""What the launchers of blockwise and per-channel linears share: the choice of a kernel, and the split-K sum."""
+"""What the launchers of lut4 and int8 linears share: the choice of a kernel, and the split-K sum."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> Linear
 
 
 @lru_cache(maxsize=4096)
-def _choose(
-    weight_key: str, gpu: str, sms: int, n: int, k: int, bucket: int, dtype: str
-) -> LinearConfig:
+def _choose(weight_key: str, gpu: str, sms: int, n: int, k: int, bucket: int, dtype: str) -> LinearConfig:
     key = f"{weight_key}/n{n}-k{k}/m{bucket}/{dtype}"
     entry = load_table(gpu).get(key) if gpu else None
     return entry or heuristic(n, k, bucket, dtype, sms)
@@ -57,7 +55,7 @@ def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig
 
 
 def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [M, N] = Σ over partials [split, M, N], always in the same order, plus bias [N]."""
+    """Sum partials [split, M, N] into out [M, N], always in the same order, plus bias [N]."""
     count = out.numel()
     sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
         partials,

@@ -1,4 +1,4 @@
-"""LLM.int8() in Triton: row-wise quantization, and an int8 product with the outlier columns in the same kernel.
+"""LLM.int8() in Triton: row-wise quantization, an int8 product, and the outlier columns in the same kernel.
 
 Columns with an outlier are gathered by number in a second loop of the product. The first loop runs
 over all columns, those included: there the code of an outlier is 0, and the second loop adds what
@@ -19,8 +19,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.linear_launch import choose_config
 from qcompiler.kernels.triton.linear_int8 import int8_product
+from qcompiler.kernels.triton.linear_launch import choose_config
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 # Adding and subtracting 1.5·2^23 rounds a float32 below 2^22 to an integer, halves to even.
@@ -28,9 +28,7 @@ _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def quantize_rows_kernel(
-    x, codes, absmax, flags, K, x_stride, codes_stride, limit, BLOCK: tl.constexpr
-):
+def quantize_rows_kernel(x, codes, absmax, flags, K, x_stride, codes_stride, limit, BLOCK: tl.constexpr):
     """Grid M: int8 codes and absmax of one row over its elements below `limit`; flags columns with others.
 
     codes [M, codes_stride]: entries from K on are set to zero. flags int8 [K] start as zero; several rows

@@ -64,9 +64,7 @@ def linear_lut4_triton(
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
         return y.view(*x.shape[:-1], out_features)
 
-    units, arguments, constants = _weight_arguments(
-        codes, *statistics, quant_type, block_size, in_features
-    )
+    units, arguments, constants = _weight_arguments(codes, *statistics, quant_type, block_size, in_features)
     per = constants["PER"]
     gemv = config.kind == "gemv"
     tile = 64 if gemv else 16
@@ -77,6 +75,7 @@ def linear_lut4_triton(
     target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
+    grid: tuple[int, ...]
     half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
     source = rows
     if gemv:
@@ -128,7 +127,7 @@ def dequantize_lut4_triton(
     in_features: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The dense weight [out_features, in_features] in `dtype`, the format's `dequantize` up to one rounding."""
+    """The dense weight [out_features, in_features] in `dtype`; equals the format's `dequantize`."""
     units, arguments, constants = _weight_arguments(
         codes, absmax, nested_absmax, nested_offset, part_rows, quant_type, block_size, in_features
     )
@@ -150,7 +149,7 @@ def _weight_arguments(
     block_size: int,
     in_features: int,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], dict[str, int]]:
-    """Units of the codes, and what all kernels take of the statistics; tensors that are None are never read."""
+    """Units of the codes, and what all kernels take of the statistics; absent tensors are never read."""
     words = in_features % 8 == 0 and codes.data_ptr() % 4 == 0 and codes.is_contiguous()
     values, steps = _tables(quant_type, codes.device)
     arguments = (

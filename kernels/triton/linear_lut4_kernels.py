@@ -54,7 +54,8 @@ def linear_lut4_gemv(
 ):
     """Grid (cdiv(N, BN), SPLIT, M).
 
-    x [M, K] rows x_stride apart (or the same memory as int32, with PAIRS); out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
+    x [M, K] rows x_stride apart (or the same memory as int32, with PAIRS);
+    out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
     """
     token = tl.program_id(2)
     split = tl.program_id(1)
@@ -72,7 +73,7 @@ def linear_lut4_gemv(
     acc = tl.zeros((BN, UNITS), dtype=tl.float32)
     for tile in range(first, last):
         unit = tile * UNITS + column
-        # Units past the end read the last one and meet zeros of x, so that no load of the weight needs a mask.
+        # Units past the end read the last one and meet zeros of x: no load of the weight needs a mask.
         if EVEN_K:
             inside = unit
             in_row = None

@@ -79,7 +79,8 @@ def word_values(values, words, COMPILED: tl.constexpr):
         # Not pure: a shuffle must stay where all lanes of the warp run it.
         return tl.inline_asm_elementwise(
             SHUFFLE_ASM, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,l", [words, values.to(tl.int64)],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32,
+                   tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=False, pack=1,
         )  # fmt: skip
     else:
@@ -94,8 +95,10 @@ def word_values(values, words, COMPILED: tl.constexpr):
 def part_of_rows(
     row, part_rows, nested_offset, K, BLOCK: tl.constexpr, PARTS: tl.constexpr, DOUBLE: tl.constexpr
 ):
-    """Where the statistics of each row stand: row within its part, the part's first block and first nested
-    block, and its offset. Weights laid side by side keep their own blocks."""
+    """Row within its part, the part's first block and first nested block, and its offset, for each row.
+
+    Weights laid side by side keep their own blocks.
+    """
     local = row
     first_block = row * 0
     first_nested = row * 0
@@ -206,7 +209,7 @@ def interleave(even, odd):
 def scaled_pair(pair, scale, HALF: tl.constexpr):
     """Two half values in an int32 times a float32 scale, both rounded to HALF: [rows, 2n] from [rows, n]."""
     bits = scale.to(HALF).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    if HALF == tl.bfloat16:
+    if tl.bfloat16 == HALF:
         # A product as an fma with -0.0: bf16x2 products are younger than fmas.
         pair = tl.inline_asm_elementwise(
             "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }", "=r,r,r",

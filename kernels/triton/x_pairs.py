@@ -1,4 +1,4 @@
-"""Activations by pairs of neighbours inside Triton kernels: one 4-byte load brings two half-precision values."""
+"""Activations by pairs of neighbours inside Triton kernels: one 4-byte load brings two 16-bit values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 def as_pairs(x: torch.Tensor) -> torch.Tensor | None:
-    """x [tokens, in_features] seen as int32 pairs, or None where dtype, evenness or alignment forbid it."""
+    """View x [tokens, in_features] as int32 pairs, or None where dtype, evenness or alignment forbid it."""
     fits = x.element_size() == 2 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
     return x.view(torch.int32) if fits and x.stride(1) == 1 else None
 
@@ -33,7 +33,7 @@ def load_pair(row, pair, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
             both = tl.load(row + pair)
         else:
             both = tl.load(row + pair, mask=mask, other=0)
-        if HALF == tl.bfloat16:
+        if tl.bfloat16 == HALF:
             return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
         else:
             even = (both & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)

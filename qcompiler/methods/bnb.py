@@ -128,7 +128,7 @@ def quantize_lut4(weight: Tensor, spec: Lut4Spec) -> dict[str, Tensor]:
 
 
 def _normalise(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """absmax of each block [blocks], and the values divided by it, in [-1, 1]; the last block may be short."""
+    """The absmax of each block, and the values divided by it, in [-1, 1]; the last block may be short."""
     whole = values.numel() // block_size * block_size
     blocks = values[:whole].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)

@@ -45,7 +45,9 @@ def test_4_bit_bytes_and_absmax_equal_the_package(functional, n, k, quant_type, 
     assert torch.equal(tensors["codes"].flatten(), packed.flatten())
     assert torch.equal(tensors["absmax"].flatten(), state.absmax)
     if block < 2048:  # beyond, the package compiles a kernel first, which takes a minute
-        assert torch.equal(LUT4.dequantize(spec, tensors, k, dtype), functional.dequantize_4bit(packed, state))
+        assert torch.equal(
+            LUT4.dequantize(spec, tensors, k, dtype), functional.dequantize_4bit(packed, state)
+        )
 
 
 @pytest.mark.parametrize(("n", "k"), [(96, 512), (48, 136), (1, 64)])
@@ -120,7 +122,9 @@ def test_eetq_errs_by_half_a_step_and_by_one_at_the_top():
     method, w = get_method("eetq"), weight(33, 100)
     spec = method.resolve_spec(8)
     tensors = method.quantize(w, spec)
-    error = (INT8_CHANNEL.dequantize(spec, tensors, 100, torch.float32) - w).abs() / tensors["scales"].clamp_min(1e-9)[:, None]
+    error = (INT8_CHANNEL.dequantize(spec, tensors, 100, torch.float32) - w).abs() / tensors[
+        "scales"
+    ].clamp_min(1e-9)[:, None]
     top = tensors["codes"] == 127
     assert float(error[~top].max()) <= 0.501
     assert float(error[top].max()) <= 1.001
@@ -129,11 +133,14 @@ def test_eetq_errs_by_half_a_step_and_by_one_at_the_top():
 def test_the_registry_knows_them_and_options_reach_the_spec():
     assert {"bnb", "eetq"} <= set(method_names())
     bnb = get_method("bnb")
-    assert bnb.resolve_spec(4, 128, {"quant_type": "fp4", "double_quant": False}) == Lut4Spec("fp4", 128, False)
+    assert bnb.resolve_spec(4, 128, {"quant_type": "fp4", "double_quant": False}) == Lut4Spec(
+        "fp4", 128, False
+    )
     assert bnb.resolve_spec(8, None, {"outlier_threshold": 0.0}) == Int8ChannelSpec(0.0)
     for method, bits, group, told in (
         ("bnb", 4, 48, "block size 48"), ("bnb", 8, 64, "one scale per output channel"),
-        ("eetq", 8, 64, "one scale per output channel"), ("eetq", 4, None, "no 4-bit"), ("bnb", 3, None, "no 3-bit"),
+        ("eetq", 8, 64, "one scale per output channel"), ("eetq", 4, None, "no 4-bit"),
+        ("bnb", 3, None, "no 3-bit"),
     ):  # fmt: skip
         with pytest.raises(InvalidInputError, match=told):
             get_method(method).resolve_spec(bits, group)
@@ -145,5 +152,5 @@ def test_the_registry_knows_them_and_options_reach_the_spec():
 def test_a_weight_that_is_not_finite_is_refused_by_name(method, bits):
     w = weight(4, 64)
     w[1, 2] = float("nan")
-    with pytest.raises(InvalidInputError, match="layer.q_proj: 1 of 256 weights"):
+    with pytest.raises(InvalidInputError, match=r"layer\.q_proj: 1 of 256 weights"):
         get_method(method).quantize(w, get_method(method).resolve_spec(bits), name="layer.q_proj")

@@ -64,8 +64,10 @@ class Int8Linear(torch.nn.Module):
 
 
 @torch.no_grad()
-def kl_of(model: torch.nn.Module, threshold: float | None, tokens: torch.Tensor, original: torch.Tensor) -> float:
-    """Mean KL(original ‖ quantized) in nats; threshold None quantizes weights alone, 0 all activations too."""
+def kl_of(
+    model: torch.nn.Module, threshold: float | None, tokens: torch.Tensor, original: torch.Tensor
+) -> float:
+    """Mean KL(original ‖ quantized) in nats; threshold None: weights alone, 0: all activations too."""
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
@@ -87,7 +89,10 @@ def test_outlier_features_spare_llm_int8_and_spoil_plain_w8a8(model, tokens):
     plain = kl_of(changed, 0.0, tokens, original)
     mixed = kl_of(changed, 6.0, tokens, original)
     weights_only = kl_of(changed, None, tokens, original)
-    print(f"KL: plain W8A8 {ordinary:.4f} before, {plain:.4f} with outliers; LLM.int8() {mixed:.4f}; W8 {weights_only:.4f}")
+    print(
+        f"KL: plain W8A8 {ordinary:.4f} before, {plain:.4f} with outliers; "
+        f"LLM.int8() {mixed:.4f}; weights alone {weights_only:.4f}"
+    )
     assert plain > 10 * ordinary
     assert mixed < plain / 5
     # What is left is the weights' own rounding: their divided columns are small beside the row's absmax.

@@ -1,4 +1,4 @@
-"""Compile the lut4 and int8 linears for sm_90 with the tiles their launchers choose; one JSON object per variant.
+"""Compile the lut4 and int8 linears for sm_90 with the tiles their launchers choose; one JSON object each.
 
 Run as a script without TRITON_INTERPRET: inside the interpreter `triton.jit` gives nothing that compiles.
 """
@@ -89,7 +89,13 @@ def int8_variants():
             else:
                 decode = PAIRS_BFLOAT16 if element == "bf16" else PAIRS_FLOAT16
                 tile = {"UNITS": 32, "BM": config.block_m, "EVEN_K": True, "HALF": _HALF[element]}
-                yield linear_int8_gemm, element, {"units": "*i32"}, constants | tile | {"DECODE": decode}, config
+                yield (
+                    linear_int8_gemm,
+                    element,
+                    {"units": "*i32"},
+                    constants | tile | {"DECODE": decode},
+                    config,
+                )
     yield dequantize_int8_kernel, "bf16", {}, {"BLOCK": 2048}, heuristic(N, K, 4096, "bfloat16", SMS)
 
 
@@ -109,7 +115,11 @@ def llm_int8_variants():
 
 
 def main() -> None:
-    for kernel, element, given, constants, config in (*lut4_variants(), *int8_variants(), *llm_int8_variants()):
+    for kernel, element, given, constants, config in (
+        *lut4_variants(),
+        *int8_variants(),
+        *llm_int8_variants(),
+    ):
         compiled = compile_sm90(
             kernel,
             types(kernel, element, constants, **given),

@@ -1,4 +1,4 @@
-"""The PTX that decodes 4- and 8-bit codes on a GPU, run by a small interpreter of its own: it needs no GPU."""
+"""The PTX that decodes 4- and 8-bit codes on a GPU, run by a small interpreter here: it needs no GPU."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def stored(n: int, k: int, spec: Int8ChannelSpec | None = None) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
-    return INT8_CHANNEL.pack(spec or Int8ChannelSpec(), codes, torch.rand(n, generator=generator) / 500 + 1e-4)
+    return INT8_CHANNEL.pack(
+        spec or Int8ChannelSpec(), codes, torch.rand(n, generator=generator) / 500 + 1e-4
+    )
 
 
 def activations(tokens: int, k: int, outliers: dict[int, float] | None = None) -> torch.Tensor:
@@ -39,7 +41,9 @@ def test_weight_only_is_a_linear_on_the_dequantized_weight(dtype, tokens, k):
     assert y.dtype == dtype
     # The packed CPU kernel rounds sums to bfloat16 once before the scales and once after.
     tolerance = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(y.double(), wanted, rtol=tolerance, atol=max(2e-5, tolerance * wanted.abs().mean()))
+    torch.testing.assert_close(
+        y.double(), wanted, rtol=tolerance, atol=max(2e-5, tolerance * wanted.abs().mean())
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9])
@@ -48,7 +52,6 @@ def test_the_cpu_provider_agrees_with_the_reference(tokens):
     y = torch.ops.qcompiler.linear_int8(x, tensors["codes"], tensors["scales"], None)
     reference = linear_int8_reference(x, tensors["codes"], tensors["scales"], None)
     torch.testing.assert_close(y, reference, rtol=2**-7, atol=1e-3)
-
 
 
 def test_rows_are_quantized_without_their_outliers():
@@ -89,13 +92,17 @@ def test_the_integer_provider_agrees_with_the_reference():
 @pytest.mark.parametrize("threshold", [None, 6.0])
 def test_opcheck(threshold):
     spec = Int8ChannelSpec(threshold)
-    op, arguments = INT8_CHANNEL.op_call(spec, activations(3, 70, {2: 9.0}), stored(10, 70), torch.randn(10), 70)
+    op, arguments = INT8_CHANNEL.op_call(
+        spec, activations(3, 70, {2: 9.0}), stored(10, 70), torch.randn(10), 70
+    )
     torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("threshold", [None, 6.0])
 def test_no_tokens_give_no_rows(threshold):
-    op, arguments = INT8_CHANNEL.op_call(Int8ChannelSpec(threshold), torch.randn(0, 70), stored(10, 70), None, 70)
+    op, arguments = INT8_CHANNEL.op_call(
+        Int8ChannelSpec(threshold), torch.randn(0, 70), stored(10, 70), None, 70
+    )
     assert op(*arguments).shape == (0, 10)
 
 
@@ -105,7 +112,9 @@ def test_accounting_json_and_side_by_side():
     assert INT8_CHANNEL.bits_per_weight(Int8ChannelSpec(), 64, 4096) == 8 + 32 / 4096
     parts = [stored(24, 64), stored(5, 64)]
     joined = INT8_CHANNEL.concat(spec, parts)
-    wanted = torch.cat([INT8_CHANNEL.dequantize(Int8ChannelSpec(), part, 64, torch.float32) for part in parts])
+    wanted = torch.cat(
+        [INT8_CHANNEL.dequantize(Int8ChannelSpec(), part, 64, torch.float32) for part in parts]
+    )
     assert torch.equal(INT8_CHANNEL.dequantize(Int8ChannelSpec(), joined, 64, torch.float32), wanted)
 
 
@@ -114,10 +123,12 @@ def test_what_does_not_fit_is_refused_by_name():
     with pytest.raises(InvalidInputError, match="x has 64 features"):
         torch.ops.qcompiler.linear_int8(torch.randn(2, 64), tensors["codes"], tensors["scales"], None)
     with pytest.raises(InvalidInputError, match="linear_llm_int8: scales"):
-        torch.ops.qcompiler.linear_llm_int8(torch.randn(2, 70), tensors["codes"], tensors["scales"][:3], None, 6.0)
+        torch.ops.qcompiler.linear_llm_int8(
+            torch.randn(2, 70), tensors["codes"], tensors["scales"][:3], None, 6.0
+        )
     with pytest.raises(InvalidInputError, match="threshold is nan"):
         Int8ChannelSpec(float("nan"))
-    with pytest.raises(InvalidInputError, match="not finite as torch.float16"):
+    with pytest.raises(InvalidInputError, match=r"not finite as torch\.float16"):
         INT8_CHANNEL.pack(Int8ChannelSpec(None, torch.float16), tensors["codes"], torch.full((10,), 1e6))
     with pytest.raises(InvalidInputError, match="different in_features"):
         INT8_CHANNEL.concat(Int8ChannelSpec(), [stored(4, 64), stored(4, 32)])

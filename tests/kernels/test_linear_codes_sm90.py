@@ -1,4 +1,4 @@
-"""The lut4 and int8 kernels compile for sm_90 without a GPU: no spills, tensor cores in use, lean inner loops."""
+"""The lut4 and int8 kernels compile for sm_90 without a GPU: no spills, tensor cores used, lean loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one program may have o
 def variants():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(_SCRIPT)], env=environment, capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, str(_SCRIPT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

@@ -30,7 +30,9 @@ ROADS = [
     (19, LinearConfig("gemm", 32, 16, 1, 4, 2)),
     (5, LinearConfig("gemm", 32, 16, 2, 4, 2)),
 ]
-on_roads = pytest.mark.parametrize(("tokens", "config"), ROADS, ids=lambda value: getattr(value, "kind", value))
+on_roads = pytest.mark.parametrize(
+    ("tokens", "config"), ROADS, ids=lambda value: getattr(value, "kind", value)
+)
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,7 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, weight_rounding: bool = False) -> None:
-    """Equal up to the rounding of the result, and of the weight where the kernel rounds it to half precision."""
+    """Equal up to the rounding of the result, and of the weight where the kernel rounds it."""
     eps = torch.finfo(expected.dtype).eps
     assert actual.dtype == expected.dtype
     scale = expected.float().abs().max()
@@ -85,7 +87,11 @@ def test_lut4(target, spec, parts, k, tokens, config):
     x = poisoned(torch.randn(tokens, k).to(device, dtype))
     bias = guarded(torch.randn(sum(parts)).to(device, dtype))
     _, arguments = LUT4.op_call(spec, x, tensors, bias, k)
-    close(linear_lut4_triton(*arguments, config=config), linear_lut4_reference(*arguments), config.kind == "gemm")
+    close(
+        linear_lut4_triton(*arguments, config=config),
+        linear_lut4_reference(*arguments),
+        config.kind == "gemm",
+    )
 
 
 @on_triton

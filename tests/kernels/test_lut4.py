@@ -1,4 +1,4 @@
-"""The lut4 format and its op: tables, exact accounting, weights side by side, blocks across rows, refusals."""
+"""The lut4 format and its op: tables, accounting, weights side by side, blocks across rows, refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import LUT4, Lut4Spec, get_format
 from qcompiler.kernels.formats.lut4 import BLOCK_SIZES, dynamic_map, num_blocks, table
 
-SPECS = [Lut4Spec(kind, block, double) for kind in ("nf4", "fp4") for block in (32, 64) for double in (True, False)]
+SPECS = [
+    Lut4Spec(kind, block, double) for kind in ("nf4", "fp4") for block in (32, 64) for double in (True, False)
+]
 
 
 def stored(spec: Lut4Spec, n: int, k: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -32,7 +34,9 @@ def test_a_weight_is_its_table_value_times_the_absmax_of_its_block(spec, k):
     codes, absmax = LUT4.unpack(spec, tensors, k)
     weight = LUT4.dequantize(spec, tensors, k, torch.float64)
     for row, column in ((0, 0), (7, k - 1), (n - 1, 5)):
-        wanted = table(spec.quant_type)[int(codes[row, column])] * absmax[(row * k + column) // spec.block_size]
+        wanted = (
+            table(spec.quant_type)[int(codes[row, column])] * absmax[(row * k + column) // spec.block_size]
+        )
         assert weight[row, column] == wanted
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         name: (s.shape, s.dtype) for name, s in LUT4.tensor_specs(spec, n, k).items()
@@ -45,7 +49,10 @@ def test_double_quantized_absmax_is_a_step_of_the_dynamic_map_in_blocks_of_256()
     _, absmax = LUT4.unpack(spec, tensors, 1024)
     codes = tensors["absmax"].flatten()
     for block in (0, 255, 256, 639):
-        wanted = dynamic_map()[int(codes[block])] * tensors["nested_absmax"][block // 256] + tensors["nested_offset"]
+        wanted = (
+            dynamic_map()[int(codes[block])] * tensors["nested_absmax"][block // 256]
+            + tensors["nested_offset"]
+        )
         assert absmax[block] == wanted
 
 
@@ -122,6 +129,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name():
     with pytest.raises(InvalidInputError, match="part_rows is missing"):
         op(*arguments)
     with pytest.raises(InvalidInputError, match="do not add up"):
-        LUT4.dequantize(spec, {**tensors, "part_rows": torch.tensor([7], dtype=torch.int32)}, 128, torch.float32)
+        LUT4.dequantize(
+            spec, {**tensors, "part_rows": torch.tensor([7], dtype=torch.int32)}, 128, torch.float32
+        )
     with pytest.raises(InvalidInputError, match="absmax is missing"):
         LUT4.pack(spec, torch.zeros(8, 128, dtype=torch.uint8), None)
