@@ -86,7 +86,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     """
     method = get_method(options.method)
     method_options = method.validate(options.method_options)
-    method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths before any work
+    method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths now
     device = pick_device(options.device)
     source = ModelSource.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
