@@ -99,7 +99,9 @@ def make_plan(options: CompileOptions) -> CompilePlan:
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name)
-        return bits if isinstance(bits, str) else method.resolve_spec(bits, options.group_size, method_options)
+        if isinstance(bits, str):
+            return bits
+        return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
     quantize = QuantizeLinears(choose)
