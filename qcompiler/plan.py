@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -23,7 +23,7 @@ from qcompiler.report import SkippedLayer
 
 if TYPE_CHECKING:
     from qcompiler.methods.base import Method
-    from qcompiler.passes import PassResult
+    from qcompiler.passes import PassResult, QuantizeResult
 
 
 @dataclass
@@ -107,7 +107,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     quantize = QuantizeLinears(choose)
     (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
-    layers = result.quantized  # type: ignore[attr-defined]
+    layers = cast("QuantizeResult", result).quantized
     layer_plan.check_all_used([layer.name for layer in [*layers, *skipped]])
     return CompilePlan(
         options,

@@ -9,7 +9,7 @@ estimator of survey sampling (Cochran, "Sampling Techniques", 3rd ed., eq. 6.4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +58,8 @@ class Quality:
         """
         if not self.kl_mean <= max_kl:
             raise QualityGateError(
-                f"KL divergence {self.kl_mean:.4g} ± {self.kl_se:.2g} is above the limit {max_kl:g} (--max-kl)",
+                f"KL divergence {self.kl_mean:.4g} ± {self.kl_se:.2g} is above the limit {max_kl:g} "
+                "(--max-kl)",
                 hint="Use more bits, a smaller group size, or keep sensitive layers at higher precision.",
             )
 
@@ -182,40 +183,11 @@ def windows(tokens: Sequence[int], context: int, max_tokens: int | None = None) 
         InvalidInputError: `context` is below 2.
     """
     if context < 2:
-        raise InvalidInputError(f"context {context} leaves nothing to predict", hint="Use a context of 2 or more.")
+        raise InvalidInputError(
+            f"context {context} leaves nothing to predict", hint="Use a context of 2 or more."
+        )
     end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
     for start in range(0, end, context):
         window = tokens[start : min(start + context, end)]
         if len(window) > 1:
             yield window
-
-
-def compare(
-    original: Callable[[Tensor], Tensor],
-    quantized: Callable[[Tensor], Tensor],
-    tokens: Sequence[int],
-    *,
-    context: int = 512,
-    max_tokens: int | None = None,
-) -> Quality:
-    """Compare two models over a text.
-
-    Args:
-        original: Function of token ids, int64 [tokens], giving logits [tokens, vocabulary].
-        quantized: The same for the quantized model.
-        tokens: Token ids of the text.
-        context: Tokens per window.
-        max_tokens: Only the first so many tokens are used.
-
-    Raises:
-        InvalidInputError: No token can be scored, or the original's logits are not finite.
-        QualityGateError: The quantized model's logits are not finite.
-    """
-    import torch
-
-    meter = QualityMeter()
-    with torch.inference_mode():
-        for window in windows(tokens, context, max_tokens):
-            ids = torch.tensor(window, dtype=torch.int64)
-            meter.update(original(ids)[:-1], quantized(ids)[:-1], ids[1:])
-    return meter.result()

@@ -44,6 +44,12 @@ def linear_affine_triton(
 ) -> torch.Tensor:
     """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
     check_linear_affine(x, low, high, scales, bits, group_size, in_features)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(x.device):
+            return linear_affine_triton(
+                x, low, high, scales, zeros, bias, bits, group_size, in_features, config
+            )
     out_features = low.shape[0]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:

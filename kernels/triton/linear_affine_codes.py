@@ -41,9 +41,7 @@ def spread_high(high, BITS: tl.constexpr):
 
 
 @triton.jit
-def plane_bits(
-    low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constexpr, COMPILED: tl.constexpr
-):
+def plane_bits(low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constexpr, COMPILED: tl.constexpr):
     """Codes 2i and 2i+1 of plane j in the two halves of an int32, or-ed with MAGIC.
 
     `low` int32 words, `high` what `spread_high` gave (ignored where the bits have no upper part).
@@ -64,8 +62,7 @@ def plane_bits(
 
 @triton.jit
 def interleave(even, odd):
-    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; no instruction where both sit in
-    one thread."""
+    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; free where a thread has both."""
     return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
 
 
@@ -179,9 +176,7 @@ def plane_floats(low, high, j: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.co
     A bf16 pattern in the upper half of a register is the float32 of the same value.
     """
     if BITS == 8:
-        return _byte_float(low, j, COMPILED) - 8388736.0, _byte_float(
-            low, j + 2, COMPILED
-        ) - 8388736.0
+        return _byte_float(low, j, COMPILED) - 8388736.0, _byte_float(low, j + 2, COMPILED) - 8388736.0
     else:
         pair = plane_bits(low, high, j, BITS, 0x43004300, COMPILED)
         even = (pair << 16).to(tl.float32, bitcast=True)

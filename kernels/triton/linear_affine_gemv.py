@@ -15,7 +15,7 @@ from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_float
 
 @triton.jit
 def _x_pair(x, at, present, K, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, HALF: tl.constexpr):
-    """x[2·at] and x[2·at + 1] as float32, 0 from K on; PAIRS: 16-bit x two at a time through an int32 pointer."""
+    """x[2·at] and x[2·at + 1] as float32, 0 from K on; PAIRS: 16-bit x, both in one int32 load."""
     if PAIRS:
         mask = present if EVEN_K else present & (2 * at < K)
         pair = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
@@ -86,7 +86,7 @@ def linear_affine_gemv(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
     sums = ()
     for _ in tl.static_range(BM):
-        sums = sums + (tl.zeros((BN, LANES // 2), dtype=tl.float32),)
+        sums = sums + (tl.zeros((BN, LANES // 2), dtype=tl.float32),)  # type: ignore[assignment]
     for tile in range(first, last):
         at = tile * (LANES // 2) + column
         if WIDTH != LANES:
@@ -110,7 +110,7 @@ def linear_affine_gemv(
             for m in tl.static_range(BM):
                 even_x, odd_x = _x_pair(x + m * x_stride, pair, m < M, K, PAIRS, EVEN_K, HALF)
                 product = even * even_x + odd * odd_x - zero * (even_x + odd_x)
-                grown = grown + (sums[m] + scale * product,)
+                grown = grown + (sums[m] + scale * product,)  # type: ignore[assignment]
             sums = grown
 
     out += split.to(tl.int64) * M * N
@@ -175,7 +175,9 @@ def dequantize_affine_kernel(
 
 
 @triton.jit
-def sum_partials(partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_partials(
+    partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN

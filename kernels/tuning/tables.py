@@ -27,7 +27,7 @@ class LinearConfig:
     """How one linear runs.
 
     Args:
-        kind: "gemv" (float32 units), "gemm" (tensor cores, fused) or "dense" (dequantize, then a library matmul).
+        kind: "gemv" (float32 units), "gemm" (tensor cores, fused) or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features.

@@ -86,8 +86,31 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Bytes of the stored tensors that the model uses, each once."""
-        used = {name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group}
+        used = {
+            name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group
+        }
         return sum(self._stored[name].nbytes for name in used)
+
+    def untied(self) -> list[str]:
+        """Names of tensors that the model ties but the checkpoint stores twice with different values.
+
+        transformers then leaves them apart; a model that is to use this checkpoint must not tie them.
+        """
+        apart = []
+        for alias, kept in self.tied.items():
+            if alias in self._recipes and kept in self._recipes and not self._equal(alias, kept):
+                apart.append(alias)
+        return apart
+
+    def _equal(self, one: str, other: str) -> bool:
+        first, second = (self._read(self._single_source(name)) for name in (one, other))
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        rows = max(1, (16 << 20) // max(1, first[0].nbytes))
+        return all(torch.equal(a, b) for a, b in zip(first.split(rows), second.split(rows), strict=True))
+
+    def _single_source(self, name: str) -> str:
+        return next(iter(self._recipes[name].sources.values()))[0]
 
     def shape(self, fqn: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
@@ -119,7 +142,9 @@ class Checkpoint:
             # what a split made besides is asked for next; only the latest is kept
             self._siblings = made
         if tuple(value.shape) != expected:
-            raise InvalidInputError(f"{self.folder}: {fqn} has shape {tuple(value.shape)}, the model wants {expected}")
+            raise InvalidInputError(
+                f"{self.folder}: {fqn} has shape {tuple(value.shape)}, the model wants {expected}"
+            )
         return value
 
     def _meta(self, fqn: str) -> torch.Tensor:
@@ -141,7 +166,9 @@ class Checkpoint:
                 self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
             return self._files[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InvalidInputError(f"{file.name} cannot be read: {error}", hint="Download the file again.") from error
+            raise InvalidInputError(
+                f"{file.name} cannot be read: {error}", hint="Download the file again."
+            ) from error
 
     def _check(self) -> None:
         missing = [n for n in self._wanted if n not in self._recipes and not self._has_tied_source(n)]
@@ -166,7 +193,9 @@ class Checkpoint:
         return kept is not None and any(k == kept and n in self._recipes for n, k in self._tied.items())
 
 
-def _tied_names(model: PreTrainedModel, wanted: dict[str, torch.Tensor], recipes: dict[str, Recipe]) -> dict[str, str]:
+def _tied_names(
+    model: PreTrainedModel, wanted: dict[str, torch.Tensor], recipes: dict[str, Recipe]
+) -> dict[str, str]:
     """Name → first name, for every parameter that the model holds under several names."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

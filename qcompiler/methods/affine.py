@@ -18,8 +18,8 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
 from qcompiler.methods.base import Method
 
-# Weights worked on together: fp32 temporaries of this size stay in a core's L2 cache, or fill a GPU.
-_CHUNK_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
+_CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 class Groups(NamedTuple):
@@ -79,7 +79,7 @@ class AffineMethod(Method):
             spec: Bits, group size and scale dtype.
             options: The method's options.
             name: The tensor's name, for error messages.
-            chunk_weights: Weights worked on together, at least one row's; no influence on the result.
+            chunk_weights: Weights worked on together, at least one row's; no influence on a CPU's result.
 
         Raises:
             InvalidInputError: Wrong options; not a float matrix; a weight that is NaN or infinite; weights

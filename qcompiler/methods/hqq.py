@@ -33,11 +33,11 @@ from qcompiler.methods.base import MethodOption
 
 
 class _Search(NamedTuple):
-    """Starting clips of the range on either side, `count` values from `low` to `high`, and the rounds."""
+    """Starting clips of the range on either side, `clips` values from `low` to `high`, and the rounds."""
 
     low: float
     high: float
-    count: int
+    clips: int
     rounds: int = 2
     last_rounds: int = 3
 
@@ -51,6 +51,7 @@ _SEARCH = {
     6: _Search(0.92, 1.02, 4),
     8: _Search(0.98, 1.00, 2),
 }
+_FEWEST_ROWS = 32  # fewer do not tell the size of their columns; all count the same then
 _COLUMN_LIMIT = 4.0  # a column counts as at most so many times larger or smaller than the average
 
 
@@ -91,7 +92,9 @@ class HQQ(AffineMethod):
         if whole < columns:
             sides.append(weight[:, whole:].float())
         found = [
-            Solution(codes.reshape(rows, -1).to(torch.uint8), scales.reshape(rows, -1), zeros.reshape(rows, -1))
+            Solution(
+                codes.reshape(rows, -1).to(torch.uint8), scales.reshape(rows, -1), zeros.reshape(rows, -1)
+            )
             for codes, scales, zeros in hqq_reference.solve(sides, spec.bits)
         ]
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
@@ -104,6 +107,8 @@ class HQQ(AffineMethod):
         columns = sums * (math.sqrt(math.pi / 2) / weight.shape[0])
         average = columns.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         relative = (columns / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
+        if weight.shape[0] < _FEWEST_ROWS:
+            relative = torch.ones_like(relative)
         return 1.0 / (relative * average), relative.pow(-2)
 
     def importance(self, rows: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
@@ -170,8 +175,8 @@ def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     mean = (values * u).sum(dim=1, keepdim=True)
     fit = _Fit((values - mean) / spread, u, top)
     below, above = (low - mean) / spread, (high - mean) / spread
-    step = (search.high - search.low) / (search.count - 1)
-    clips = [search.low + step * i for i in range(search.count)]
+    step = (search.high - search.low) / (search.clips - 1)
+    clips = [search.low + step * i for i in range(search.clips)]
     for clip_low in clips:
         for clip_high in clips:
             start = clip_low * below

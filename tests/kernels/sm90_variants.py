@@ -110,7 +110,8 @@ def other_variants():
         block_m, block_n, block_k, warps, stages = grouped_linear.tile(rows, 8, 2)
         grouped = {
             "EXPERTS": 8, "EXPERTS_P2": 16, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
-            "EVEN_K": True, "BIAS": True, "PRECISION": "tf32", "stride_w_out" if transposed else "stride_w_in": 1,
+            "EVEN_K": True, "BIAS": True, "PRECISION": "tf32",
+            "stride_w_out" if transposed else "stride_w_in": 1,
         }  # fmt: skip
         yield "grouped_linear", grouped_linear.grouped_linear_kernel, "bf16", warps, stages, grouped
 
@@ -120,12 +121,15 @@ def main():
         types = {k: t for k, t in argument_types(kernel, element).items() if k not in constants}
         compiled = compile_sm90(kernel, types, constants, num_warps=warps, num_stages=stages)
         report = {
-            "kernel": name, "element": element, "dim": constants.get("D"), "columns": constants.get("COLUMNS"),
+            "kernel": name,
+            "element": element,
+            "columns": constants.get("COLUMNS"),
             "registers": compiled.registers,
-            "spill_bytes": compiled.spill_bytes, "shared_bytes": compiled.shared_bytes,
+            "spill_bytes": compiled.spill_bytes,
+            "shared_bytes": compiled.shared_bytes,
             "wgmma": compiled.ttgir.count("warp_group_dot "),
-            "narrow_loads": sum(f"LDG.E.{w}" in compiled.sass for w in ("U8", "U16")),
-        }  # fmt: skip
+            "narrow_loads": any(f"LDG.E.{width}" in compiled.sass for width in ("U8", "U16")),
+        }
         sys.stdout.write(json.dumps(report) + "\n")
 
 

@@ -160,6 +160,12 @@ def test_heads_that_cannot_be_grouped_are_refused():
         OP(q, k, v, *PLAIN.values())
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_that_is_not_positive_is_refused(scale):
+    with pytest.raises(InvalidInputError, match="not positive"):
+        OP(*tensors(SHAPES["single"]), *{**PLAIN, "scale": scale}.values())
+
+
 @on_triton_wide
 @pytest.mark.parametrize(
     ("variant", "shape"),
