@@ -9,8 +9,9 @@ from qcompiler.kernels.ops.linear_llm_int8 import linear_llm_int8_reference, qua
 
 # `_weight_int8pack_mm` reads the weight once per token; from here on one conversion to float32 is cheaper.
 _MAX_PACKED_TOKENS = 8
-# Its vector loop has no tail: on other widths it reads past the end of a row.
+# It loads aligned vectors, of 16 codes and 32 bytes of activations, and faults on other widths and addresses.
 _PACKED_WIDTH = 16
+_ALIGNMENT = 64
 # Without AVX-512 `_int_mm` is a scalar loop, slower than a float32 product.
 _HAS_INT_MM = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -27,12 +28,18 @@ def linear_int8_cpu(
     fits = x.dtype == torch.bfloat16 and x.shape[-1] % _PACKED_WIDTH == 0 and codes.is_contiguous()
     if not fits or not 0 < tokens <= _MAX_PACKED_TOKENS:
         return linear_int8_reference(x, codes, scales, bias)
-    rows = x.reshape(tokens, -1).contiguous()
+    rows = _aligned(x.reshape(tokens, -1).contiguous())
+    codes = _aligned(codes)
     ones = torch.ones(codes.shape[0], dtype=torch.bfloat16)
     y = torch.ops.aten._weight_int8pack_mm(rows, codes, ones).float() * scales.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], codes.shape[0])
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or where its memory begins anywhere (mapped from a file) a copy that torch aligned."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def linear_llm_int8_cpu(

@@ -54,6 +54,15 @@ def test_the_cpu_provider_agrees_with_the_reference(tokens):
     torch.testing.assert_close(y, reference, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize("offset", [1, 8, 16])
+def test_the_cpu_provider_takes_memory_that_begins_anywhere(offset):
+    codes, scales = stored(32, 64).values()
+    moved = torch.empty(32 * 64 + offset, dtype=torch.int8)[offset:].view(32, 64).copy_(codes)
+    x = torch.empty(3 * 64 + offset, dtype=torch.bfloat16)[offset:].view(3, 64).copy_(activations(3, 64))
+    y = torch.ops.qcompiler.linear_int8(x, moved, scales, None)
+    torch.testing.assert_close(y, linear_int8_reference(x, codes, scales, None), rtol=2**-7, atol=1e-3)
+
+
 def test_rows_are_quantized_without_their_outliers():
     x = torch.tensor([[1.0, -2.0, 6.0, 0.5], [0.25, 0.5, 1.0, -7.0], [0.0, 0.0, 0.0, 0.0]])
     codes, absmax, columns = quantize_rows(x, 6.0)
