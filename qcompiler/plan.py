@@ -86,7 +86,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     """
     method = get_method(options.method)
     method_options = method.validate(options.method_options)
-    method.resolve_spec(options.bits, options.group_size)  # refuses impossible widths before any work
+    method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths now
     device = pick_device(options.device)
     source = ModelSource.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
@@ -99,7 +99,9 @@ def make_plan(options: CompileOptions) -> CompilePlan:
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name)
-        return bits if isinstance(bits, str) else method.resolve_spec(bits, options.group_size)
+        if isinstance(bits, str):
+            return bits
+        return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
     quantize = QuantizeLinears(choose)
