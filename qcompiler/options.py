@@ -96,7 +96,7 @@ class CompileOptions:
         if self.output is not None:
             return self.output
         name = Path(self.model).name or Path(self.model).resolve().name
-        return Path(f"{name}-{self.method}-{self.bits}bit")
+        return Path(f"{name}-{self.method}-{self.bits}bit" if self.method != "none" else f"{name}-none")
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the bytes of the artifact: a resumed run must have the same."""

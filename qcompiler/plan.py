@@ -98,17 +98,24 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     layer_plan = LayerPlan(options, head_names=output_heads(captured.graph))
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
-        bits = layer_plan.bits_for(name)
+        bits = layer_plan.bits_for(name) if method.quantizes else f"--method {method.name}"
         if isinstance(bits, str):
             return bits
         return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
     quantize = QuantizeLinears(choose)
+    quantize.required = False  # told below in the user's terms
     (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
     layers = cast("QuantizeResult", result).quantized
     layer_plan.check_all_used([layer.name for layer in layers] + [layer.name for layer in skipped])
+    if method.quantizes and not layers:
+        reasons = ", ".join(sorted({layer.reason for layer in skipped})) or "the graph has no linear"
+        raise InvalidInputError(
+            f"{options.model}: nothing would be quantized ({reasons})",
+            hint="Compile it as it is with --method none.",
+        )
     return CompilePlan(
         options,
         source,

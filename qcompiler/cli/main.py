@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompiler import __version__
-from qcompiler.kernels.errors import InvalidInputError, QCompilerError
+from qcompiler.cli.method_flags import collect, method_flags, typed
+from qcompiler.kernels.errors import QCompilerError
 from qcompiler.options import DTYPES, CompileOptions, parse_bits
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("model")
-@click.option("-m", "--method", default="hqq", show_default=True, help="Quantization method: hqq, rtn.")
+@click.option(
+    "-m", "--method", default="hqq", show_default=True, help="hqq, rtn, bnb, eetq, a plug-in, or none."
+)
 @click.option(
     "-b", "--bits", "bits", multiple=True, metavar="B|PATTERN=B",
-    help="Bits per weight (default 4); PATTERN=B for some linears, repeatable, the last match wins.",
+    help="Bits per weight [4, or the method's first]; PATTERN=B for some linears; the last match wins.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Artifact folder [<model>-<method>-<bits>bit]."
@@ -45,9 +48,7 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 )
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these linears alone; repeatable.")
 @click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
-@click.option(
-    "--hqq-solver", type=click.Choice(["search", "reference"]), help="hqq: ours, or the published one."
-)
+@method_flags
 @click.option(
     "--eval-text", type=click.Path(path_type=Path), help="Text for the quality figures [one that ships]."
 )
@@ -76,26 +77,28 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("-v", "--verbose", is_flag=True, help="Every layer and pass; tracebacks.")
 @click.version_option(__version__)
 def qcompile(
-    model: str, bits: tuple[str, ...], hqq_solver: str | None, dry_run: bool, as_json: bool, quiet: bool,
-    verbose: bool, **flags: Any,
+    model: str, method: str, bits: tuple[str, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
+    **flags: Any,
 ) -> None:  # fmt: skip
     """Compile MODEL (a checkpoint folder, or a hub id) into a quantized artifact."""
     from rich.console import Console
 
     stderr = Console(stderr=True, quiet=quiet)
     default, overrides = parse_bits(bits)
-    method_options = {"solver": hqq_solver} if hqq_solver else {}
-    if hqq_solver and flags["method"] != "hqq":
-        raise InvalidInputError("--hqq-solver belongs to --method hqq", hint="Drop one of them.")
+    method_options = collect(method, flags)
+    # Heavy imports come after the command line was found to make sense.
+    from qcompiler.methods.base import get_method
+    from qcompiler.progress import ConsoleProgress, Progress
+
+    chosen = get_method(method)
     options = CompileOptions(
         model=model,
-        bits=4 if default is None else default,
+        method=method,
+        bits=chosen.default_bits if default is None else default,
         bits_overrides=overrides,
-        method_options=method_options,
+        method_options=typed(method_options, {key: o.default for key, o in chosen.options.items()}),
         **flags,
     )
-    # Heavy imports come after the options were found to make sense.
-    from qcompiler.progress import ConsoleProgress, Progress
 
     progress = Progress() if quiet else ConsoleProgress(stderr, verbose=verbose)
     stdout = Console(quiet=quiet or as_json)

@@ -27,6 +27,7 @@ _BUILT_IN = {
     "bnb": ("qcompiler.methods.bnb", "BitsAndBytes"),
     "eetq": ("qcompiler.methods.eetq", "Eetq"),
     "hqq": ("qcompiler.methods.hqq", "HQQ"),
+    "none": ("qcompiler.methods.none", "Unquantized"),
     "rtn": ("qcompiler.methods.rtn", "RoundToNearest"),
 }
 
@@ -56,6 +57,7 @@ class Method(ABC):
         bits: Bit widths on offer.
         default_group_size: Group size when the user names none.
         options: Options by name.
+        quantizes: False for the baseline that leaves weights as they are.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,12 @@ class Method(ABC):
     bits: ClassVar[tuple[int, ...]]
     default_group_size: ClassVar[int] = 64
     options: ClassVar[Mapping[str, MethodOption]] = {}
+    quantizes: ClassVar[bool] = True
+
+    @property
+    def default_bits(self) -> int:
+        """Width when the user names none: 4 where the method has it, else its first."""
+        return 4 if 4 in self.bits else self.bits[0]
 
     @abstractmethod
     def resolve_spec(
