@@ -1,0 +1,101 @@
+"""Compile Triton kernels for a GPU that is not there, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one kernel variant."""
+
+    ttgir: str
+    sass: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+    def loop(self) -> Counter[str]:
+        """Instructions of the longest innermost loop, counted by opcode."""
+        return Counter(name.split(".")[0] for name in self.loop_opcodes())
+
+    def loop_opcodes(self) -> list[str]:
+        """Opcodes with their modifiers of the longest innermost loop, in order."""
+        code = [
+            (int(address, 16), body.strip())
+            for address, body in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", self.sass)
+        ]
+        spans = []
+        for address, body in code:
+            jump = re.match(r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", body)
+            if jump and jump[1] and int(jump[1], 16) < address:
+                spans.append((int(jump[1], 16), address))
+        inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+        if not inner:
+            return []
+        start, end = max(inner, key=lambda span: span[1] - span[0])
+        bodies = [body for address, body in code if start <= address <= end]
+        return [re.sub(r"^@!?U?P\w+\s+", "", body).split()[0] for body in bodies]
+
+
+def compile_sm90(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> Compiled:
+    """Compile `kernel` for an H100/H200.
+
+    Args:
+        kernel: A `triton.jit` function, taken outside of the interpreter.
+        types: Triton type of each runtime argument, e.g. "*bf16" or "i32". Pointers, and integers written
+            as "i32:16", are taken to be divisible by 16.
+        constants: Values of the constexpr arguments; with `types` they name every argument.
+        num_warps: Warps per program.
+        num_stages: Pipeline depth.
+
+    Returns:
+        The intermediate and machine code with its resources.
+    """
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            values[(index,)] = constants[name]
+        else:
+            signature[name] = types[name].removesuffix(":16")
+            if types[name].startswith("*") or types[name].endswith(":16"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        sass = _cuobjdump("--dump-sass", file.name)
+    found = re.search(r"REG:(\d+).*?STACK:(\d+).*?SHARED:(\d+).*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of resources:\n{usage}")
+    registers, stack, _, local = map(int, found.groups())
+    return Compiled(compiled.asm["ttgir"], sass, registers, stack + local, compiled.metadata.shared)
+
+
+def _cuobjdump(*arguments: str) -> str:
+    return subprocess.run(
+        [str(_TOOLS / "cuobjdump"), *arguments], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
