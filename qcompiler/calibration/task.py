@@ -104,12 +104,18 @@ class BlockTask:
         ]
 
     @torch.no_grad()
-    def moments(self, stage: Sequence[Linear], current: Tensors | None = None) -> Moments:
+    def moments(
+        self,
+        stage: Sequence[Linear],
+        current: Tensors | None = None,
+        weights: Callable[[int], torch.Tensor] | None = None,
+    ) -> Moments:
         """Moments of the input that the linears of a stage share.
 
         Args:
             stage: Linears of one stage.
             current: Tensors by name that replace the block's own (linears quantized so far).
+            weights: Window → how much each of its tokens counts, [T]; all the same if None.
         """
         value = stage[0].input
         size = stage[0].in_features
@@ -119,9 +125,10 @@ class BlockTask:
         nodes = self._block.until(value)
         for index in range(self.windows):
             x = self._value(nodes, self._inputs[index], value, current)
-            gram.addmm_(x.T, x)
+            weighted = x if weights is None else x * weights(index)[:, None]
+            gram.addmm_(weighted.T, x)
             if cross is not None and self._originals is not None:
-                cross.addmm_(x.T, self._value(nodes, self._originals[index], value, None))
+                cross.addmm_(weighted.T, self._value(nodes, self._originals[index], value, None))
             tokens += x.shape[0]
         return Moments(gram / tokens, None if cross is None else cross / tokens, tokens)
 
@@ -141,6 +148,16 @@ class BlockTask:
             outputs = self._outputs(source[window], None)
             self._targets[window] = tuple(value.to(self._stream_dtype) for value in outputs)
         return tuple(value.float() for value in self._targets[window])
+
+    @torch.no_grad()
+    def token_weights(self, window: int) -> torch.Tensor:
+        """The inverse squared size of what the block should give at each token, [T].
+
+        The norm that reads the stream next divides by that size, and a few tokens (attention sinks) are
+        many times larger than the rest.
+        """
+        sizes = sum(value.square().sum(-1).flatten() for value in self.target(window))
+        return 1.0 / (sizes + 1e-6 * sizes.mean())  # type: ignore[union-attr,operator]
 
     def _outputs(self, given: Mapping[Any, Any], current: Tensors | None) -> tuple[torch.Tensor, ...]:
         values = self._run(self._block.nodes, given, self._fetch(current), self._block.writes)

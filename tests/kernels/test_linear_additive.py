@@ -77,8 +77,9 @@ def test_wrong_arguments_are_refused_by_name():
         op(torch.randn(3, 256), *rest[:-2], 8, 256)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("group_size", [4, 8, 16])
+@pytest.mark.parametrize(
+    ("scheme", "group_size"), [("2x8", 8), ("1x16", 8), ("1x12", 8), ("3x8", 4), ("2x5", 16), ("2x9", 8)]
+)
 @pytest.mark.parametrize("tokens", [1, 3, 5, 70])
 def test_kernels_give_what_the_reference_gives(scheme, group_size, tokens):
     pytest.importorskip("triton")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,11 @@ class FinetuneSettings:
     """
 
     epochs: int = 4
-    batch: int = 4
-    rate: float = 3e-3
+    batch: int = 2
+    rate: float = 1e-2
     code_updates: int = 0
     code_share: float = 0.05
-    code_rate: float = 3e-3
+    code_rate: float = 1e-2
     beam: int = 4
 
 
@@ -100,7 +101,7 @@ class _TunedLinear:
 
 
 def finetune(
-    task: BlockTask, fitted: dict[str, Fitted], settings: FinetuneSettings, tell: Callable[[str], None]
+    task: BlockTask, fitted: dict[str, Fitted], settings: FinetuneSettings
 ) -> tuple[dict[str, Fitted], dict[str, torch.Tensor], dict[str, float]]:
     """Tune a block.
 
@@ -108,49 +109,79 @@ def finetune(
         task: The block.
         fitted: Its linears by name.
         settings: How.
-        tell: Told of the error.
 
     Returns:
         The linears, the tuned norms and biases by name, and the block's relative error before and after.
     """
+    names = {name: linear.weight for name, linear in task.linears.items()}
+    vectors = {name: task.weights[name] for name in task.tunable()}
+    tuned = tune(partial(_window_error, task), task.windows, fitted, names, vectors, settings, task.seed)
+    task.tell(f"{task.name}: block error {tuned[2]['error_before']:.5f}, tuned {tuned[2]['error']:.5f}")
+    return tuned
+
+
+Loss = Callable[[int, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def tune(
+    loss: Loss,
+    windows: int,
+    fitted: dict[str, Fitted],
+    names: dict[str, str],
+    vectors: dict[str, torch.Tensor],
+    settings: FinetuneSettings,
+    seed: int,
+) -> tuple[dict[str, Fitted], dict[str, torch.Tensor], dict[str, float]]:
+    """Minimise a loss over codebooks, scales and vectors (and codes, where the settings say so).
+
+    Args:
+        loss: (window, tensors by name) → the mean loss over that window.
+        windows: How many windows there are.
+        fitted: Linears by name.
+        names: Linear → name of its weight.
+        vectors: Float tensors to tune along, by name.
+        settings: How.
+        seed: For the order of the windows.
+
+    Returns:
+        The linears, the vectors, and figures; what was given where tuning did not lower the loss.
+    """
     linears = {name: _TunedLinear(layer, settings.code_updates > 0) for name, layer in fitted.items()}
-    vectors = {name: task.weights[name].clone().requires_grad_() for name in task.tunable()}
+    moved = {name: vector.clone().requires_grad_() for name, vector in vectors.items()}
 
     def current() -> dict[str, torch.Tensor]:
-        return {**vectors, **{task.linears[name].weight: layer.weight() for name, layer in linears.items()}}
+        return {**moved, **{names[name]: layer.weight() for name, layer in linears.items()}}
 
-    steps = settings.epochs * math.ceil(task.windows / settings.batch)
-    before = block_error(task, current)
+    before = _mean_loss(loss, windows, current)
+    info = {"error_before": before, "error": before}
+    steps = settings.epochs * math.ceil(windows / settings.batch)
     if steps == 0:
-        return fitted, {}, {"block_error": before}
-    optimizer = torch.optim.Adam(_parameter_groups(linears, vectors, settings), betas=(0.9, 0.95))
+        return fitted, {}, info
+    optimizer = torch.optim.Adam(_parameter_groups(linears, moved, settings), betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / steps)))
     )
-    generator = torch.Generator().manual_seed(task.seed)
+    generator = torch.Generator().manual_seed(seed)
     due = {round((k + 1) * 0.75 * steps / settings.code_updates) for k in range(settings.code_updates)}
     changed, step = 0, 0
     for _ in range(settings.epochs):
-        order = torch.randperm(task.windows, generator=generator).tolist()
-        for first in range(0, task.windows, settings.batch):
-            windows = order[first : first + settings.batch]
+        for chosen in torch.randperm(windows, generator=generator).split(settings.batch):
             optimizer.zero_grad()
-            _accumulate(task, windows, current)
+            _accumulate(loss, chosen.tolist(), current)
             optimizer.step()
             schedule.step()
             step += 1
             if step in due:
                 changed += sum(x.update_codes(settings.code_share, settings.beam) for x in linears.values())
-    after = block_error(task, current)
-    tell(f"{task.name}: fine-tuning took the block's error from {before:.5f} to {after:.5f}")
-    info = {"block_error_before": before, "block_error": after}
+    info["error"] = _mean_loss(loss, windows, current)
     if settings.code_updates:
         info["codes_changed"] = changed
-    if not after < before:
+    if not info["error"] < before:
+        info["error"] = before
         return fitted, {}, info
     return (
         {name: layer.result() for name, layer in linears.items()},
-        {name: vector.detach() for name, vector in vectors.items()},
+        {name: vector.detach() for name, vector in moved.items()},
         info,
     )
 
@@ -173,32 +204,29 @@ def _parameter_groups(
     return groups
 
 
-def _accumulate(task: BlockTask, windows: list[int], current: Callable[[], dict[str, torch.Tensor]]) -> None:
-    """Gradients of the mean relative error over some windows; the weights are built once for all of them."""
+def _accumulate(loss: Loss, windows: list[int], current: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Gradients of the mean loss over some windows; the weights are built once for all of them."""
     with torch.enable_grad():
         weights = current()
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
         for window in windows:
-            error, size = _window_error(task, window, leaves)
-            (error / size / len(windows)).backward()
+            (loss(window, leaves) / len(windows)).backward()
         built = [(weights[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
         torch.autograd.backward([tensor for tensor, _ in built], [grad for _, grad in built])
 
 
-def _window_error(
-    task: BlockTask, window: int, weights: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error of the block's outputs, and the squared size of what the block adds to its stream."""
-    wanted = task.target(window)
-    found = task.forward(window, weights)
-    error = sum((f - w).square().sum() for f, w in zip(found, wanted, strict=True))
-    size = sum((w - w.mean((0, 1))).square().sum() for w in wanted)
-    return error, size  # type: ignore[return-value]
-
-
 @torch.no_grad()
-def block_error(task: BlockTask, current: Callable[[], dict[str, torch.Tensor]], limit: int = 16) -> float:
-    """Relative squared error of the block's outputs over the first windows."""
+def _mean_loss(
+    loss: Loss, windows: int, current: Callable[[], dict[str, torch.Tensor]], limit: int = 16
+) -> float:
+    """Mean loss over the first windows."""
     weights = current()
-    pairs = [_window_error(task, window, weights) for window in range(min(limit, task.windows))]
-    return float(sum(e for e, _ in pairs) / sum(s for _, s in pairs))
+    count = min(limit, windows)
+    return sum(float(loss(window, weights)) for window in range(count)) / count
+
+
+def _window_error(task: BlockTask, window: int, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over the window's tokens of the squared error over the squared size of the block's output."""
+    pairs = zip(task.forward(window, weights), task.target(window), strict=True)
+    errors = sum((found - wanted).square().sum(-1).flatten() for found, wanted in pairs)
+    return (errors * task.token_weights(window)).mean()  # type: ignore[operator]

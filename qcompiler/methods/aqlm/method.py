@@ -50,7 +50,7 @@ class Aqlm:
         fitted: dict[str, Fitted] = {}
         current: dict[str, torch.Tensor] = {}
         for stage in task.stages():
-            moments = task.moments(stage, current)
+            moments = task.moments(stage, current, task.token_weights if self.layer.relative else None)
             metrics = {}
             for linear in stage:
                 spec = _additive(task.specs[linear.name], linear.name)
@@ -61,7 +61,7 @@ class Aqlm:
                 fitted[linear.name] = fit_layer(weight, metric, spec, self.layer, task.seed)
                 task.tell(f"{linear.name}: relative error {fitted[linear.name].error:.5f}")
             current.update({linear.weight: fitted[linear.name].weight() for linear in stage})
-        fitted, vectors, info = finetune(task, fitted, self.tuning, task.tell)
+        fitted, vectors, info = finetune(task, fitted, self.tuning)
         tensors = {
             name: ADDITIVE.pack(task.specs[name], layer.codes, layer.codebooks, layer.scales)
             for name, layer in fitted.items()
