@@ -69,7 +69,8 @@ class AdditiveSpec:
             )
         if self.group_size not in GROUP_SIZES:
             raise InvalidInputError(
-                f"The additive format has no group size {self.group_size}.", hint=f"Choose from {GROUP_SIZES}."
+                f"The additive format has no group size {self.group_size}.",
+                hint=f"Choose from {GROUP_SIZES}.",
             )
 
     @classmethod
@@ -188,7 +189,8 @@ class AdditiveFormat:
         """
         if codes.dim() != 3 or codes.dtype.is_floating_point or codes.shape[2] != spec.codebooks:
             raise InvalidInputError(
-                f"Codes must be integers [N, groups, {spec.codebooks}], not {codes.dtype} {list(codes.shape)}."
+                f"Codes must be integers [N, groups, {spec.codebooks}], not {codes.dtype} "
+                f"{list(codes.shape)}."
             )
         if not codes.is_meta and bool(((codes < 0) | (codes >= spec.codewords)).any()):
             raise InvalidInputError(f"A code does not fit in {spec.bits} bits.")
@@ -278,8 +280,8 @@ class AdditiveFormat:
             tensor = tensors[part]
             if tuple(tensor.shape) != wanted.shape or tensor.dtype != wanted.dtype:
                 raise InvalidInputError(
-                    f"Additive tensor {part!r} is {tensor.dtype} {list(tensor.shape)}; {spec.scheme} in groups "
-                    f"of {spec.group_size} and in_features {in_features} need {wanted.dtype} "
+                    f"Additive tensor {part!r} is {tensor.dtype} {list(tensor.shape)}; {spec.scheme} in "
+                    f"groups of {spec.group_size} and in_features {in_features} need {wanted.dtype} "
                     f"{list(wanted.shape)}."
                 )
         rows = tensors["rows"]
@@ -289,7 +291,9 @@ class AdditiveFormat:
             )
 
 
-def to_aqlm(spec: AdditiveSpec, tensors: Mapping[str, torch.Tensor], in_features: int) -> dict[str, torch.Tensor]:
+def to_aqlm(
+    spec: AdditiveSpec, tensors: Mapping[str, torch.Tensor], in_features: int
+) -> dict[str, torch.Tensor]:
     """The same weight in the aqlm package's layout.
 
     Returns:
@@ -380,7 +384,7 @@ def dequantize_additive(
     bits: int,
     in_features: int,
 ) -> torch.Tensor:
-    """The float32 weight [N, in_features] of the tensors above: the definition that every kernel must meet."""
+    """The float32 weight [N, in_features] of these tensors: the definition that every kernel must meet."""
     sets, count, codewords, group_size = codebooks.shape
     groups = num_groups(group_size, in_features)
     if codes.is_meta:

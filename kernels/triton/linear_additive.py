@@ -1,4 +1,4 @@
-"""Triton kernels of `qcompiler::linear_additive` and their launcher; the format is told in `formats/additive.py`.
+"""Triton kernels of `qcompiler::linear_additive` and their launcher; format in `formats/additive.py`.
 
 - few tokens: `linear_additive_lookup` sums codewords and multiplies on the float32 units; a codeword is one
   16-byte load (group size 8) from a table that stays in the caches, so the codes are all that streams;

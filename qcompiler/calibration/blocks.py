@@ -159,7 +159,7 @@ def run_nodes(
 
     for position, node in enumerate(nodes):
         if node.op == "call_function":
-            args, kwargs = map_aggregate((node.args, node.kwargs), value)  # type: ignore[misc]
+            args, kwargs = map_aggregate((node.args, node.kwargs), value)
             env[node] = _differentiable(node.target)(*args, **kwargs)
             if on_value is not None:
                 on_value(node, env[node])

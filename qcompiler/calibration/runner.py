@@ -180,15 +180,16 @@ def calibrate(
     with (progress or Progress()).stage(f"Calibrating {method.name}", len(runner.blocks)) as advance:
         for block in runner.blocks:
             specs = _choose(block, choose, outcome.skipped)
-            found = outcome._store.finished(_key(block.name))
+            found = outcome._store.finished(_key(block.name)) if specs else None
             weights = runner.weights_of(block)
-            if found is None:
+            if specs and found is None:
                 started = time.perf_counter()
                 task = runner.task(block, specs, weights, (progress or Progress()).note)
                 result = method.quantize_block(task)
                 result.info["seconds"] = round(time.perf_counter() - started, 2)
                 found = _store(outcome._store, block, result)
-            outcome.note(block.name, found)
+            if found is not None:
+                outcome.note(block.name, found)
             runner.advance(block, weights, _float_weights(outcome, block, runner.device))
             advance(block.name)
     return outcome
@@ -377,11 +378,9 @@ def _depends_on_text(gm: GraphModule) -> set[Node]:
     """Nodes whose value changes with the tokens; sizes do not, since all windows are equally long."""
     textual: set[Node] = set()
     for node in gm.graph.nodes:
-        if node.op == "placeholder" and node.target == "input_ids":
-            textual.add(node)
-        elif any(n in textual for n in node.all_input_nodes) and isinstance(
-            node.meta.get("val"), torch.Tensor
-        ):
+        source = node.op == "placeholder" and node.target == "input_ids"
+        tensor = isinstance(node.meta.get("val"), torch.Tensor)
+        if source or (tensor and any(n in textual for n in node.all_input_nodes)):
             textual.add(node)
     return textual
 

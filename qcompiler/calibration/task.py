@@ -1,4 +1,4 @@
-"""What a calibrated method is given and gives: one block at a time, as weights, moments and a function to run.
+"""What a calibrated method is given and gives: a block at a time, as weights, moments and a function.
 
 A method that needs calibration text implements `CalibratedMethod`; it sees no
 graph. `Moments` are the second moments of a linear's input over the text:
@@ -100,7 +100,9 @@ class BlockTask:
         return [
             name
             for name, tensor in self.weights.items()
-            if tensor.dim() == 1 and tensor.is_floating_point() and name.rpartition(".")[2] in ("weight", "bias")
+            if tensor.dim() == 1
+            and tensor.is_floating_point()
+            and name.rpartition(".")[2] in ("weight", "bias")
         ]
 
     @torch.no_grad()
@@ -133,7 +135,7 @@ class BlockTask:
         return Moments(gram / tokens, None if cross is None else cross / tokens, tokens)
 
     def forward(self, window: int, current: Tensors | None = None) -> tuple[torch.Tensor, ...]:
-        """The block's float outputs for a calibration window on the quantized prefix; differentiable in `current`."""
+        """The block's float outputs for a window on the quantized prefix; differentiable in `current`."""
         return self._outputs(self._inputs[window], current)
 
     @torch.no_grad()
@@ -157,12 +159,14 @@ class BlockTask:
         many times larger than the rest.
         """
         sizes = sum(value.square().sum(-1).flatten() for value in self.target(window))
-        return 1.0 / (sizes + 1e-6 * sizes.mean())  # type: ignore[union-attr,operator]
+        return 1.0 / (sizes + 1e-6 * sizes.mean())  # type: ignore[union-attr]
 
     def _outputs(self, given: Mapping[Any, Any], current: Tensors | None) -> tuple[torch.Tensor, ...]:
         values = self._run(self._block.nodes, given, self._fetch(current), self._block.writes)
         return tuple(
-            value for value in values.values() if isinstance(value, torch.Tensor) and value.is_floating_point()
+            value
+            for value in values.values()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
         )
 
     def _value(

@@ -103,7 +103,7 @@ class Gptq:
     def _ranges(
         self, weight: torch.Tensor, importance: torch.Tensor, spec: AffineSpec
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and zeros [N, groups], rounded to their stored dtypes: the range with the least weighted error."""
+        """Scales and zeros [N, groups] as stored: of several ranges the one with the least weighted error."""
         rows, size = weight.shape
         count = num_groups(spec.group_size, size)
         width = spec.group_size or size

@@ -92,7 +92,9 @@ def test_conjugate_gradients_reach_the_least_squares_codebooks():
     scales = torch.rand(48) + 0.5
     codes = torch.randint(0, 8, (48, 8, 1))
     start = torch.zeros(1, 8, 8)
-    solved = solve_codebooks(weight / scales[:, None], codes, start, scales, metric, steps=80).requires_grad_()
+    solved = solve_codebooks(
+        weight / scales[:, None], codes, start, scales, metric, steps=80
+    ).requires_grad_()
     difference = sum_codewords(solved, codes).flatten(1) * scales[:, None] - weight
     metric.error(difference).sum().backward()
     begin = start.clone().requires_grad_()

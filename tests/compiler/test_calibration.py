@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_other_architectures_are_cut_the_same_way(kind):
     _, blocks, _ = cut_blocks(gm)
     assert [int(block.name.rsplit(".", 1)[1]) for block in blocks] == [0, 1, 2]
     # One hidden state crosses from block to block; everything else that is read is known from the start.
-    for before, after in zip(blocks, blocks[1:], strict=False):
+    for before, after in itertools.pairwise(blocks):
         assert len(set(before.writes) & set(after.reads)) == 1
 
 

@@ -1,4 +1,4 @@
-"""The additive format: exact round trips, exact bits, and the aqlm package's own reading of the same weight."""
+"""The additive format: exact round trips, exact bits, and the aqlm package's reading of the same weight."""
 
 from __future__ import annotations
 

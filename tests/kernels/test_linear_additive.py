@@ -70,7 +70,7 @@ def test_wrong_arguments_are_refused_by_name():
     op, arguments = ADDITIVE.op_call(spec, torch.randn(3, 100), quantized(spec, (10,), 128), None, 128)
     with pytest.raises(InvalidInputError, match="x has 100 features"):
         op(*arguments)
-    x, *rest = arguments
+    _, *rest = arguments
     with pytest.raises(InvalidInputError, match="with 12-bit codes"):
         op(torch.randn(3, 128), *rest[:-2], 12, 128)
     with pytest.raises(InvalidInputError, match="codes are"):

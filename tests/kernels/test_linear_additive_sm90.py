@@ -1,4 +1,4 @@
-"""The additive kernels compile for an H100 without one, without spilling registers; run outside the interpreter."""
+"""The additive kernels compile for an H100 without one, and spill no registers; outside the interpreter."""
 
 from __future__ import annotations
 

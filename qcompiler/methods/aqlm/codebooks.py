@@ -208,8 +208,10 @@ def adam_codebooks(
     return books.detach(), sizes.detach()
 
 
-def refit_scales(weight: torch.Tensor, shape: torch.Tensor, scales: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """The scale of each row that fits weight [N, K] best by scale · shape [N, K]; as before where undefined."""
+def refit_scales(
+    weight: torch.Tensor, shape: torch.Tensor, scales: torch.Tensor, metric: Metric
+) -> torch.Tensor:
+    """Per row the scale that brings scale · shape [N, K] nearest to weight; as before where undefined."""
     image = shape @ metric.gram
     square = (image * shape).sum(1)
     return torch.where(square > 0, (image * weight).sum(1) / square.clamp_min(1e-30), scales)

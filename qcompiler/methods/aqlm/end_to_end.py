@@ -1,4 +1,4 @@
-"""The optional last phase: codebooks, scales and norms of the whole model against the original's next-token distribution.
+"""The optional last phase: codebooks, scales and norms of all blocks against the original's predictions.
 
 Blocks tuned one by one do not know what their errors do to the output. Here the
 loss is KL(original ‖ quantized) over the calibration windows, through the whole

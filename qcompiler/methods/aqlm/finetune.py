@@ -28,7 +28,7 @@ class FinetuneSettings:
         epochs: Passes over the calibration windows; 0 switches fine-tuning off.
         batch: Windows per step.
         rate: Learning rate at the start, relative to the size of what it moves; falls to a tenth as a cosine.
-        code_updates: How often codes are chosen anew, evenly spread over the first three quarters; 0 leaves them.
+        code_updates: How often codes are chosen anew, spread over the first three quarters; 0: never.
         code_share: Share of the groups whose codes may change each time.
         code_rate: Learning rate of the float copies, relative to the weight's root mean square.
         beam: Of the search of codes.
@@ -90,7 +90,9 @@ class _TunedLinear:
         flat[chosen] = after
         self.fitted.codes = flat.reshape(codes.shape)
         # The copy starts over from what now stands for the weight, or it would drift for good.
-        self.copy.copy_((sum_codewords(books, self.fitted.codes).flatten(1) * scales)[:, : self.fitted.in_features])
+        self.copy.copy_(
+            (sum_codewords(books, self.fitted.codes).flatten(1) * scales)[:, : self.fitted.in_features]
+        )
         return int((after != before).any(1).sum())
 
     @torch.no_grad()
@@ -229,4 +231,4 @@ def _window_error(task: BlockTask, window: int, weights: dict[str, torch.Tensor]
     """Mean over the window's tokens of the squared error over the squared size of the block's output."""
     pairs = zip(task.forward(window, weights), task.target(window), strict=True)
     errors = sum((found - wanted).square().sum(-1).flatten() for found, wanted in pairs)
-    return (errors * task.token_weights(window)).mean()  # type: ignore[operator]
+    return (errors * task.token_weights(window)).mean()

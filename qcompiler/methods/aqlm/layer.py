@@ -57,7 +57,9 @@ class Fitted:
 
     def weight(self) -> torch.Tensor:
         """[N, K]."""
-        return (sum_codewords(self.codebooks, self.codes).flatten(1) * self.scales[:, None])[:, : self.in_features]
+        return (sum_codewords(self.codebooks, self.codes).flatten(1) * self.scales[:, None])[
+            :, : self.in_features
+        ]
 
 
 def make_metric(moments: Moments, spec: AdditiveSpec, damping: float) -> Metric:
