@@ -1,1 +1,89 @@
-"""Graph passes: FX graph in, FX graph out; they import the kernels' floor and nothing above."""
+"""Graph passes: FX graph in, FX graph out; they import the kernels' floor and nothing above.
+
+`canonical_passes()` make any exported graph readable to the rest, in one form
+per idea; `lowering_passes()` make it what the runtime executes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qcompiler.passes.addmm_to_linear import AddmmToLinear
+from qcompiler.passes.base import Pass, PassResult, Skip
+from qcompiler.passes.cleanup import InlineSubgraphs, RemoveAsserts, RemoveNoOps
+from qcompiler.passes.common_subexpressions import MergeCommonSubexpressions
+from qcompiler.passes.fuse_add_norm import FuseAddNorm
+from qcompiler.passes.fuse_gated_activation import FuseGatedActivation
+from qcompiler.passes.fuse_layer_norm import FuseLayerNorm
+from qcompiler.passes.fuse_rms_norm import FuseRMSNorm
+from qcompiler.passes.fuse_rotary import FuseRotary
+from qcompiler.passes.fuse_sibling_linears import FuseSiblingLinears
+from qcompiler.passes.gather_logits_rows import GatherLogitsRows
+from qcompiler.passes.graph_text import graph_text
+from qcompiler.passes.insert_paged_kv_cache import InsertPagedKVCache, InsertRagged
+from qcompiler.passes.manager import PassManager
+from qcompiler.passes.quantize_linears import QuantizedLinear, QuantizeLinears, QuantizeResult
+from qcompiler.passes.weights import Concat, Loaded, Quantized, Recipe, Zeros, resolve, sources, weight_recipes
+
+__all__ = [
+    "AddmmToLinear",
+    "Concat",
+    "FuseAddNorm",
+    "FuseGatedActivation",
+    "FuseLayerNorm",
+    "FuseRMSNorm",
+    "FuseRotary",
+    "FuseSiblingLinears",
+    "GatherLogitsRows",
+    "InlineSubgraphs",
+    "InsertPagedKVCache",
+    "InsertRagged",
+    "Loaded",
+    "MergeCommonSubexpressions",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "Quantized",
+    "QuantizeLinears",
+    "QuantizeResult",
+    "QuantizedLinear",
+    "Recipe",
+    "RemoveAsserts",
+    "RemoveNoOps",
+    "Skip",
+    "Zeros",
+    "canonical_passes",
+    "graph_text",
+    "lowering_passes",
+    "resolve",
+    "sources",
+    "weight_recipes",
+]
+
+
+def canonical_passes() -> list[Pass]:
+    """From any exported graph to canonical ops, in order; none is required to match."""
+    return [
+        InlineSubgraphs(),
+        RemoveAsserts(),
+        RemoveNoOps(),
+        MergeCommonSubexpressions(),
+        AddmmToLinear(),
+        FuseLayerNorm(),  # before RMSNorm, which would take a centred tensor for its input
+        FuseRMSNorm(),
+        FuseRotary(),
+        FuseGatedActivation(),
+    ]
+
+
+def lowering_passes(kind: str = "decoder", *, kv_dtype: torch.dtype | None = None) -> list[Pass]:
+    """From canonical (and quantized) ops to the graph that the runtime executes, in order.
+
+    Args:
+        kind: "decoder" (paged KV cache, logits of chosen rows) or "encoder" (ragged, every row).
+        kv_dtype: Element type of the cache's pages; that of k and v if None.
+    """
+    fusions: list[Pass] = [FuseSiblingLinears(), FuseAddNorm()]
+    if kind == "encoder":
+        return [*fusions, InsertRagged()]
+    return [*fusions, GatherLogitsRows(), InsertPagedKVCache(kv_dtype=kv_dtype)]

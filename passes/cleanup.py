@@ -117,7 +117,7 @@ class RemoveNoOps(Pass):
         before = len(gm.graph.nodes)
         gm.graph.eliminate_dead_code()
         result.matched += before - len(gm.graph.nodes)
-        for node in gm.graph.nodes:
+        for node in list(gm.graph.nodes):
             if node.op != "call_function" or not is_tensor(node):
                 continue
             source = _unchanged(node)
@@ -130,6 +130,7 @@ class RemoveNoOps(Pass):
                     result.skip(node, "it copies a tensor that is written to in place")
                     continue
             node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)  # dead code elimination keeps random ops such as dropout
             result.matched += 1
 
 

@@ -8,7 +8,7 @@ vocabulary are the largest activation by far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,22 +34,20 @@ class StreamedProgram:
         self._device = device
         self._nodes = list(graph.graph.nodes)
         self._per_chunk = _depend_on_rows(self._nodes)
-        self._last_use = _last_uses(self._nodes)
+        self._last_use = _last_uses(self._nodes, self._per_chunk)
 
     @torch.inference_mode()
     def logits(
         self,
         inputs: dict[str, Any],
-        rows: torch.Tensor,
-        chunk: int,
+        rows: Sequence[torch.Tensor],
         on_node: Callable[[], None] | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (rows [r], logits [r, vocabulary]) for successive chunks of `rows`.
+    ) -> Iterator[torch.Tensor]:
+        """Yield logits [r, vocabulary] for each of the given row sets.
 
         Args:
             inputs: Placeholder values by name, less `logits_rows`.
-            rows: Token positions whose logits are wanted, int64 [R].
-            chunk: Rows per yield.
+            rows: Sets of token positions, int64 [r] each, whose logits are wanted together.
             on_node: Called after each node of the streamed part.
         """
         env: dict[Node, Any] = {}
@@ -60,14 +58,14 @@ class StreamedProgram:
             self._release(node, env)
             if on_node is not None:
                 on_node()
-        for part in rows.split(chunk):
+        for part in rows:
             chunk_env = dict(env)
             for node in self._per_chunk:
                 self._execute(node, chunk_env, {ROWS_INPUT: part})
                 if node.op == "output":
                     logits = chunk_env[node]
                     logits = logits[0] if isinstance(logits, tuple | list) else logits
-                    yield part, logits.reshape(part.numel(), -1)
+                    yield logits.reshape(part.numel(), -1)
 
     def node_count(self) -> int:
         """Nodes of the streamed part, for progress."""
@@ -111,11 +109,13 @@ def _depend_on_rows(nodes: list[Node]) -> dict[Node, None]:
     return dependent
 
 
-def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
-    """For each node, the values whose last user it is."""
+def _last_uses(nodes: list[Node], per_chunk: dict[Node, None]) -> dict[Node, list[Node]]:
+    """For each node, the values whose last user it is; what a chunk reads stays for all chunks."""
     position = {node: index for index, node in enumerate(nodes)}
     uses: dict[Node, list[Node]] = {}
     for node in nodes:
+        if any(user in per_chunk for user in node.users):
+            continue
         if node.users:
             uses.setdefault(max(node.users, key=position.__getitem__), []).append(node)
         elif node.op != "output":

@@ -49,7 +49,8 @@ class ConsoleProgress(Progress):
         self._console.print(message, style="yellow", highlight=False, markup=False)
 
     def _log_step(self, step: str) -> None:
-        self._console.print(f"  {step}", highlight=False, markup=False)
+        if step:
+            self._console.print(f"  {step}", highlight=False, markup=False)
 
     @contextlib.contextmanager
     def _bar(self, name: str, total: int) -> Iterator[Advance]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from qcompiler.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,6 @@ class SkippedLayer:
     reason: str
 
 
-@dataclass(frozen=True)
-class Quality:
-    """The compiled model against its original on the same tokens, both in the artifact's dtype.
-
-    Attributes:
-        tokens: Scored next-token predictions.
-        kl_mean: Mean KL(original ‖ compiled), nats per token.
-        kl_se: Its standard error.
-        top1_agreement: Share of tokens whose most likely next token is the same.
-        perplexity: Of the compiled model.
-        perplexity_original: Of the original.
-    """
-
-    tokens: int
-    kl_mean: float
-    kl_se: float
-    top1_agreement: float
-    perplexity: float
-    perplexity_original: float
-
-
 @dataclass
 class CompileReport:
     """The object that `qcompile --json` prints; sizes in bytes, times in seconds."""
@@ -89,49 +71,46 @@ class CompileReport:
 
     def print(self, console: Console) -> None:
         """Write the end-of-run block."""
-        from rich.markup import escape
-        from rich.table import Table
+        for label, text in self._lines():
+            # One line per fact, never cut or padded to the width: it is read by eye and by grep.
+            console.print(f"{label:<15}{text}", soft_wrap=True, highlight=False, markup=False)
 
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        table.add_row("artifact", escape(self.output))
-        table.add_row(
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "artifact", self.output
+        yield (
             "size",
-            f"{format_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight"
-            f" ({self.bits_per_weight_linears:.3f} in the quantized linears)",
+            f"{format_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight with embeddings, "
+            f"{self.bits_per_weight_linears:.3f} in the quantized linears",
         )
-        table.add_row("linears", f"{self.linears_quantized}/{self.linears_total} quantized")
+        yield "linears", f"{self.linears_quantized}/{self.linears_total} quantized"
         for reason, names in self._skipped_by_reason().items():
-            table.add_row("", escape(f"skipped {len(names)}: {reason} ({shorten(names)})"))
-        memory = f"{format_bytes(self.peak_rss_bytes)} RAM"
-        if self.peak_gpu_bytes:
-            memory += f", {format_bytes(self.peak_gpu_bytes)} GPU"
-        table.add_row("peak memory", memory)
-        resumed = f" ({self.resumed_layers} layers resumed)" if self.resumed_layers else ""
-        table.add_row("time", f"{self.seconds:.1f} s{resumed}")
-        if self.quality is None:
-            table.add_row("quality", "not measured")
-        else:
-            q = self.quality
-            table.add_row(
-                "KL divergence", f"{q.kl_mean:.5f} ± {q.kl_se:.5f} nats per token, {q.tokens} tokens"
-            )
-            table.add_row("same top-1", f"{100 * q.top1_agreement:.2f} %")
-            table.add_row(
-                "perplexity",
-                f"{q.perplexity:.4f}, original {q.perplexity_original:.4f}"
-                f" (ratio {q.perplexity / q.perplexity_original:.4f})",
-            )
+            yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
+        gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
+        yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
+        yield (
+            "time",
+            f"{self.seconds:.1f} s"
+            + (f" ({self.resumed_layers} layers resumed)" if self.resumed_layers else ""),
+        )
+        yield from self._quality_lines()
         for index, layer in enumerate(self.worst_layers()):
-            label = "worst layers" if index == 0 else ""
-            table.add_row(
-                label, f"{escape(layer.name)}  relative error {layer.relative_error:.2e}, {layer.bits} bit"
-            )
-        table.add_row("manifest", f"sha256 {self.manifest_sha256}")
-        table.add_row("try next", escape(f'qrun generate {self.output} --prompt "Once upon a time"'))
-        table.add_row("", escape(f"qrun bench {self.output}"))
-        console.print(table, soft_wrap=True)
+            label = "" if index else "worst layers"
+            yield label, f"{layer.name} ({layer.bits} bits): relative error {layer.relative_error:.2e}"
+        yield "manifest", f"sha256 {self.manifest_sha256}"
+        yield "try next", f'qrun generate {self.output} --prompt "Once upon a time"'
+        yield "", f"qrun bench {self.output}"
+
+    def _quality_lines(self) -> Iterator[tuple[str, str]]:
+        q = self.quality
+        if q is None:
+            yield "quality", "not measured"
+            return
+        yield "KL divergence", f"{q.kl_mean:.5f} ± {q.kl_se:.5f} nats per token over {q.tokens} tokens"
+        yield "same top-1", f"{100 * q.top1_agreement:.2f} %"
+        yield (
+            "perplexity",
+            f"{q.perplexity:.4f}, original {q.perplexity_original:.4f} (ratio {q.perplexity_ratio:.4f})",
+        )
 
     def _skipped_by_reason(self) -> dict[str, list[str]]:
         grouped: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
 """The folder of an unfinished compilation: finished layers, a journal, and a lock.
 
-It stands beside the output as `<output>.partial`. A layer's tensors are written
+It stands beside the output as `<output>.resume`. A layer's tensors are written
 to a temporary name, synced and renamed, and only then named in the journal, so
 that a kill at any moment leaves a prefix of the work that can be trusted.
 """
@@ -44,7 +44,7 @@ class Workspace:
 
     def __init__(self, output: Path, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool):
         self.output = output
-        self.path = output.parent / f"{output.name}.partial"
+        self.path = output.parent / f"{output.name}.resume"
         self._lock_path = output.parent / f"{output.name}.lock"
         self._fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True))
         self._resume = resume
@@ -65,6 +65,11 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self._release_lock()
+
+    @property
+    def count(self) -> int:
+        """Layers that are done."""
+        return len(self._finished)
 
     def finished(self, layer: str) -> dict[str, Any] | None:
         """What the journal says of a layer that is done, or None."""

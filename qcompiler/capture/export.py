@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import UserError, UserErrorType
 
 from qcompiler.capture.buffers import materialize_buffers
 from qcompiler.capture.graph import GraphBuilder
-from qcompiler.capture.ragged import check_ragged
+from qcompiler.capture.ragged import check_ragged, indices_to_positions
 from qcompiler.capture.rope import freeze_rope
 from qcompiler.capture.source import ModelSource
 from qcompiler.kernels.errors import QCompilerError, UnsupportedModelError
@@ -24,6 +25,7 @@ from qcompiler.kernels.errors import QCompilerError, UnsupportedModelError
 # Tokens of the example that is traced: unlike any dimension of a model, so that no size is mistaken for T.
 _EXAMPLE_TOKENS = 11
 _PREFIX = "model"
+_TRIED_TOKENS = (1, 2, 3, 4, 5, 8, 16, 63, 64, 65, 127, 128, 1000, 4096, 131071, 1 << 20)
 
 
 @dataclass
@@ -98,7 +100,9 @@ def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | 
     for name, value in {**buffers, **frozen}.items():
         tensors[name] = value
     gm = GraphBuilder(program, _PREFIX, canonical, tensors).build()
-    _name_output(gm)
+    _check_output(gm)
+    indices_to_positions(gm.graph)
+    gm.recompile()
     kind = check_ragged(gm)
     notes = []
     if frozen:
@@ -162,22 +166,49 @@ def _position_offset(model: Any) -> int:
 
 def _export(wrapper: _Forward, model_type: str) -> torch.export.ExportedProgram:
     example = wrapper.example()
-    tokens = torch.export.Dim("T", min=1)
-    shapes = tuple({1: tokens} for _ in example)
+    shapes = tuple({1: torch.export.Dim("T", min=1)} for _ in example)
     try:
         with torch.no_grad():
-            return torch.export.export(wrapper, example, strict=False, dynamic_shapes=shapes)
+            try:
+                return torch.export.export(wrapper, example, strict=False, dynamic_shapes=shapes)
+            except UserError as error:
+                # torch's solver gives up on guards such as T·min(64, 64·T) = 64·T; kept as assertions, they can be tried
+                if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
+                    raise
+                program = torch.export.export(
+                    wrapper,
+                    example,
+                    strict=False,
+                    dynamic_shapes=shapes,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        _check_assertions(program)
+        return program
     except QCompilerError:
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
         cause = _refusal_within(error)
         if cause is not None:
             raise cause from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip(" -") for line in str(error).strip().splitlines() if line.strip()] or [""]
+        reason = lines[1] if lines[0].startswith("Constraints violated") and len(lines) > 1 else lines[0]
         raise UnsupportedModelError(
             f"{model_type} cannot be captured: torch.export stopped with {type(error).__name__}: {reason}",
             hint="Its forward depends on the data or on the length in a way that one graph cannot hold.",
         ) from error
+
+
+def _check_assertions(program: torch.export.ExportedProgram) -> None:
+    """Assertions about T that torch could not prove must hold for every number of tokens that we try."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten._assert_scalar.default:
+            continue
+        condition = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
+        if isinstance(condition, torch.SymBool):
+            expression = condition.node.expr
+            failed = [t for t in _TRIED_TOKENS if not expression.subs({s: t for s in expression.free_symbols})]
+            if failed:
+                raise UnsupportedModelError(f"its forward does not work for {failed[0]} tokens: it needs {expression}")
 
 
 def _refusal_within(error: BaseException | None) -> UnsupportedModelError | None:
@@ -202,7 +233,7 @@ def _names(model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     return canonical, tensors
 
 
-def _name_output(gm: fx.GraphModule) -> None:
+def _check_output(gm: fx.GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
         raise UnsupportedModelError("the model's first output is no tensor")

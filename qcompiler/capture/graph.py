@@ -7,13 +7,14 @@ are dropped, and nothing dead remains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from qcompiler.capture import inplace
 from qcompiler.kernels.errors import UnsupportedModelError
 
 aten = torch.ops.aten
@@ -81,12 +82,15 @@ class GraphBuilder:
                 env[node] = _Attribute(name, self.tensors[name], node.meta)
             elif spec.kind == InputKind.CONSTANT_TENSOR:
                 constant = self.program.constants[spec.target]
+                if constant.is_meta and constant.numel():
+                    raise UnsupportedModelError(f"its forward makes a constant ({node.name}) whose value is lost")
                 env[node] = _Attribute(spec.target.replace(f"{self.prefix}.", "", 1), constant, node.meta)
             else:
                 raise UnsupportedModelError(f"the exported program takes an input of kind {spec.kind.name}")
         self._copy(self.program.graph_module, env)
         gm = fx.GraphModule(self.attributes, self.graph)
         gm.graph.eliminate_dead_code()
+        inplace.fuse_slice_writes(gm.graph)
         _drop_unused_attributes(gm)
         gm.graph.lint()
         gm.recompile()
@@ -122,6 +126,10 @@ class GraphBuilder:
             return env[_node(node.args[0])][node.args[1]]
         if target in _CASTS:
             return self._cast(node, env)
+        if inplace.mutates(node):
+            return self._mutation(node, env)
+        if target is aten.cat.default:
+            return self._cat(node, env)
         copied = self.graph.node_copy(node, lambda n: self._value(env[n]))
         self._rename_stack(copied)
         return copied
@@ -136,6 +144,54 @@ class GraphBuilder:
         copied.meta = dict(node.meta)
         self._rename_stack(copied)
         return copied
+
+    def _cat(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """A cat without its empty parts (the cache of a model that keeps one regardless of use_cache)."""
+        parts = [part for part in node.args[0] if part.meta["val"].numel() != 0]  # type: ignore[union-attr]
+        if len(parts) == 1:
+            return env[parts[0]]
+        copied = self.graph.node_copy(node, lambda n: self._value(env[n]) if n in parts else n)
+        copied.args = ([self._value(env[part]) for part in parts], *copied.args[1:])
+        self._rename_stack(copied)
+        return copied
+
+    def _mutation(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """An in-place op as a function, its result in the place of what it wrote to."""
+        written = _node(node.args[0])
+        sliced = inplace.written_slice(node)
+        if sliced is not None:
+            return self._slice_write(node, sliced, env)
+        target = inplace.functional(node)
+        if target is None:
+            raise UnsupportedModelError(f"its forward changes a tensor in place by {node.target}")
+        inplace.check_no_other_view(node)
+        args = fx.map_arg(node.args, lambda n: self._value(env[n]))
+        kwargs = fx.map_arg(node.kwargs, lambda n: self._value(env[n]))
+        if target is aten.copy.default and node.args[1].meta["val"].dtype == written.meta["val"].dtype:  # type: ignore[union-attr]
+            target, args = aten.expand.default, (args[1], _sizes(written, env))
+        if target is aten.zeros_like.default:
+            args = args[:1]
+        copied = self.graph.call_function(target, args, kwargs)
+        copied.meta = dict(node.meta)
+        self._rename_stack(copied)
+        env[written] = copied
+        return copied
+
+    def _slice_write(self, node: fx.Node, sliced: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        base, dim, start, stop = (*sliced.args, *(0, None, None)[len(sliced.args) - 1 :])[:4]
+        base, value = _node(base), _node(node.args[1])
+        shape, source = sliced.meta["val"].shape, value.meta["val"]
+        if source.shape != shape or source.dtype != sliced.meta["val"].dtype:
+            raise UnsupportedModelError(f"its forward writes {tuple(source.shape)} into a slice of {tuple(shape)}")
+        scattered = self.graph.call_function(
+            aten.slice_scatter.default, (self._value(env[base]), self._value(env[value]), dim, start, stop)
+        )
+        scattered.meta = {**node.meta, "val": base.meta["val"]}
+        length = base.meta["val"].shape[dim]
+        scattered.meta["stop"] = length if stop is None or stop > length else stop
+        self._rename_stack(scattered)
+        env[base] = scattered
+        return env.get(sliced)
 
     def _inline(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         name = str(node.target)
@@ -197,6 +253,13 @@ def _node(value: Any) -> fx.Node:
     return value
 
 
+def _sizes(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:
+    sizes = list(node.meta["val"].shape)
+    if not all(isinstance(size, int) for size in sizes):
+        raise UnsupportedModelError(f"its forward overwrites {node.name}, whose size depends on the number of tokens")
+    return sizes
+
+
 def _is_idle_dropout(node: fx.Node) -> bool:
     if node.target not in _DROPOUTS:
         return False
@@ -211,10 +274,3 @@ def _drop_unused_attributes(gm: fx.GraphModule) -> None:
             for leaf in list(store):
                 if (f"{module_path}.{leaf}" if module_path else leaf) not in used:
                     del store[leaf]
-
-
-def walk_ops(graph: fx.Graph, visit: Callable[[fx.Node], None]) -> None:
-    """Call `visit` on every op call of a graph."""
-    for node in graph.nodes:
-        if node.op == "call_function":
-            visit(node)

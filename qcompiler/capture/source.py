@@ -55,12 +55,15 @@ class ModelSource:
         return cls(config, resolve_class(config), name=name or config.model_type)
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, *, trust_remote_code: bool = False) -> ModelSource:
+    def from_pretrained(
+        cls, model: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+    ) -> ModelSource:
         """A source with weights, from a local folder or (when the user named one) a hub id.
 
         Args:
             model: Folder or "owner/name".
             trust_remote_code: Run modelling code that ships with the checkpoint. Never implied.
+            revision: Branch, tag or commit, when `model` is a hub id.
 
         Raises:
             InvalidInputError: The checkpoint is missing or damaged.
@@ -68,7 +71,7 @@ class ModelSource:
         """
         from qcompiler.checkpoint import Checkpoint, load_config, locate
 
-        folder = locate(model)
+        folder = locate(model, code=trust_remote_code, revision=revision)
         config = load_config(folder, trust_remote_code=trust_remote_code)
         model_class = resolve_class(config, folder if trust_remote_code else None)
         source = cls(config, model_class, name=str(model))

@@ -44,13 +44,14 @@ class StoredTensor:
     nbytes: int
 
 
-def locate(model: str | Path, *, code: bool = False) -> Path:
+def locate(model: str | Path, *, code: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, or the snapshot of a hub id.
 
     A string is taken for a hub id only if it is no existing path and reads like "owner/name".
 
     Args:
         model: Folder or hub id.
+        revision: Branch, tag or commit of a hub id; the default branch if None.
         code: Also fetch the checkpoint's Python files (only for a user who trusts remote code).
 
     Raises:
@@ -66,10 +67,10 @@ def locate(model: str | Path, *, code: bool = False) -> Path:
             f"there is no folder {str(model)!r}",
             hint="Give a local folder with config.json and *.safetensors, or a hub id like owner/name.",
         )
-    return _snapshot(str(model), [*_FETCHED, "*.py"] if code else list(_FETCHED))
+    return _snapshot(str(model), [*_FETCHED, "*.py"] if code else list(_FETCHED), revision)
 
 
-def _snapshot(repo: str, patterns: list[str]) -> Path:
+def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -82,7 +83,7 @@ def _snapshot(repo: str, patterns: list[str]) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InvalidInputError(
             f"{repo} is gated: its owner must grant you access",

@@ -43,7 +43,7 @@ def test_a_torn_journal_line_and_a_damaged_part_are_done_again(tmp_path):
     with open_workspace(tmp_path) as workspace:
         for index, layer in enumerate("abc"):
             workspace.store(layer, tensors(index), {})
-    folder = tmp_path / "out.partial"
+    folder = tmp_path / "out.resume"
     part = folder / "00001.safetensors"
     part.write_bytes(part.read_bytes()[:-1] + b"\x7f")
     with (folder / "journal.jsonl").open("a") as journal:
@@ -76,11 +76,11 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(tmp_path):
 
 
 def test_a_foreign_folder_is_not_taken_for_an_unfinished_run(tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").write_text("x")
+    (tmp_path / "out.resume").mkdir()
+    (tmp_path / "out.resume" / "thesis.tex").write_text("x")
     with pytest.raises(InvalidInputError, match="not an unfinished compilation"), open_workspace(tmp_path):
         pass
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+    assert (tmp_path / "out.resume" / "thesis.tex").exists()
 
 
 def test_fault_28_a_second_writer_is_refused_while_the_first_lives(tmp_path):

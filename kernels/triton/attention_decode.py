@@ -1,0 +1,162 @@
+"""Decode: one query per sequence over a paged cache, the keys split over programs (flash-decoding).
+
+The query heads that share a key head form the rows of one tile. Each split
+writes its softmax-weighted mean and log-sum-exp; a second kernel combines
+them. The number of splits comes from shapes alone, the split bounds from the
+sequence length on the device, so a CUDA graph replays for any lengths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences"])
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    sinks_ptr,
+    table_ptr,
+    query_start_ptr,
+    seq_lens_ptr,
+    tokens,
+    sequences,
+    scale,
+    softcap,
+    stride_q_token,
+    stride_q_head,
+    stride_k_page,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_page,
+    stride_v_slot,
+    stride_v_head,
+    stride_table,
+    stride_out_token,
+    stride_out_head,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (SPLITS, key heads · head tiles, sequences, or max(sequences, tokens) when SPLITS is 1).
+
+    partial fp32 [sequences, heads, SPLITS, DV], lse fp32 [sequences, heads, SPLITS] in log2 units.
+    """
+    split = tl.program_id(0)
+    head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
+    kv_head = tl.program_id(1) // head_tiles
+    sequence = tl.program_id(2).to(tl.int64)
+
+    rows = tl.arange(0, BLOCK_M)
+    member = (tl.program_id(1) % head_tiles) * TILE_HEADS + rows
+    live = (rows < TILE_HEADS) & (member < GROUP)
+    head = kv_head * GROUP + member
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+
+    if SPLITS == 1:
+        if (sequence >= tl.load(query_start_ptr + sequences)) & (sequence < tokens):  # a padding row
+            at = sequence * stride_out_token + head[:, None] * stride_out_head + dv[None, :]
+            zero = tl.zeros([BLOCK_M, BLOCK_DV], dtype=out_ptr.dtype.element_ty)
+            tl.store(out_ptr + at, zero, mask=live[:, None] & (dv[None, :] < DV))
+        if sequence >= sequences:
+            return
+    token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    if tl.load(query_start_ptr + sequence + 1) == token:
+        return
+
+    keys = tl.load(seq_lens_ptr + sequence)
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(keys - WINDOW if CAUSAL else keys - 1 - WINDOW, 0)
+    if CHUNK > 0:
+        low = tl.maximum(low, tl.maximum(keys - 1, 0) // CHUNK * CHUNK)
+    low = low // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(keys - low, SPLITS), BLOCK_N) * BLOCK_N
+    begin = low + split * share
+    end = tl.minimum(begin + share, keys)
+
+    q_at = token * stride_q_token + head[:, None] * stride_q_head + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=live[:, None] & (d[None, :] < D), other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if SINKS:  # the sink is one more score without a value; the first split counts it
+        sink = tl.load(sinks_ptr + head, mask=live, other=0.0).to(tl.float32)
+        top = tl.where(split == 0, sink * LOG2E, top)
+        total = tl.where(split == 0, 1.0, total)
+    positions = tl.zeros([BLOCK_M], dtype=tl.int32) + (keys - 1)
+    acc, top, total = attend_tiles(
+        acc, top, total, q, positions, begin, end, keys,
+        k_ptr + kv_head.to(tl.int64) * stride_k_head, v_ptr + kv_head.to(tl.int64) * stride_v_head,
+        table_ptr + sequence * stride_table, 0,
+        stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, scale, softcap,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, True, PAGE_SIZE, PRECISION, True,
+    )  # fmt: skip
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if SPLITS == 1:
+        at = token * stride_out_token + head[:, None] * stride_out_head + dv[None, :]
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dv[None, :] < DV))
+    else:
+        slot = (sequence * (KV_HEADS * GROUP) + head) * SPLITS + split
+        tl.store(partial_ptr + slot[:, None] * DV + dv[None, :], acc, mask=live[:, None] & (dv[None, :] < DV))
+        tl.store(lse_ptr + slot, top + tl.log2(total), mask=live)
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences"])
+def combine_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    query_start_ptr,
+    tokens,
+    sequences,
+    stride_out_token,
+    stride_out_head,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Weighted mean of the splits. Grid: (max(sequences, tokens), heads)."""
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dv = tl.arange(0, BLOCK_DV)
+    out = out_ptr + head * stride_out_head + dv
+    if (sequence >= tl.load(query_start_ptr + sequences)) & (sequence < tokens):  # a padding row
+        zero = tl.zeros([BLOCK_DV], dtype=out_ptr.dtype.element_ty)
+        tl.store(out + sequence * stride_out_token, zero, mask=dv < DV)
+    if sequence >= sequences:
+        return
+    token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    if tl.load(query_start_ptr + sequence + 1) == token:
+        return
+    slots = (sequence * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
+    lse = tl.load(lse_ptr + slots)
+    top = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    parts = tl.load(partial_ptr + slots[:, None] * DV + dv[None, :], mask=dv[None, :] < DV, other=0.0)
+    total = tl.sum(weights, 0)
+    mean = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + token * stride_out_token, mean.to(out_ptr.dtype.element_ty), mask=dv < DV)

@@ -1,0 +1,191 @@
+"""Launches the Triton kernels of `qcompiler::linear_affine`; same result as the reference up to rounding.
+
+Three roads, chosen by `kernels/tuning`: GEMV on the float32 units, fused GEMM
+on tensor cores, or the dense weight and a library matmul. Nothing waits for
+the device and every buffer's size follows from the shapes, so all of it can
+stand in a CUDA graph. Split-K parts are summed by a second kernel in a fixed
+order: results are reproducible bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from qcompiler.kernels.formats.affine import block_width, num_groups
+from qcompiler.kernels.ops.linear_affine import check_linear_affine
+from qcompiler.kernels.triton.linear_affine_codes import MAGIC_BFLOAT16, MAGIC_FLOAT16, MAGIC_FLOAT32
+from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
+from qcompiler.kernels.triton.linear_affine_gemv import (
+    dequantize_affine_kernel,
+    linear_affine_gemv,
+    sum_partials,
+)
+from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
+
+COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
+_PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
+
+
+def linear_affine_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
+    check_linear_affine(x, low, high, scales, bits, group_size, in_features)
+    out_features = low.shape[0]
+    rows = x.reshape(-1, in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    tokens = rows.shape[0]
+    if tokens == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if config is None:
+        gpu, sms = _device(x.device)
+        dtype = str(x.dtype).removeprefix("torch.")
+        config = linear_config(
+            gpu, sms, bits, group_size, out_features, in_features, token_bucket(tokens), dtype
+        )
+    if config.kind == "dense":
+        weight = dequantize_triton(low, high, scales, zeros, bits, group_size, in_features, x.dtype)
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    else:
+        y = _fused(rows, low, high, scales, zeros, bias, bits, group_size, config)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _fused(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    config: LinearConfig,
+) -> torch.Tensor:
+    tokens, in_features = x.shape
+    out_features, words = low.shape
+    width = block_width(bits, group_size, in_features)
+    tile = _PLANES[bits] * max(width, 16)
+    tiles = triton.cdiv(in_features, tile)
+    tiles_per_split = triton.cdiv(tiles, config.split_k)
+    split = triton.cdiv(tiles, tiles_per_split)
+    out = x.new_empty((tokens, out_features))
+    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    gemv = config.kind == "gemv"
+    extra: dict[str, bool]
+    if gemv:
+        pairs = x.dtype != torch.float32 and in_features % 2 == 0 and x.stride(0) % 2 == 0
+        pairs = pairs and x.data_ptr() % 4 == 0
+        magic = MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16
+        grid = (triton.cdiv(out_features, config.block_n), split)
+        extra = {"PAIRS": pairs}
+        source = x.view(torch.int32) if pairs else x
+        stride = x.stride(0)
+    else:
+        magic = MAGIC_FLOAT16 if half == tl.float16 else MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16
+        grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+        extra = {"EVEN_K": in_features % tile == 0}
+        source, stride = x, x.stride(0)
+    kernel = linear_affine_gemv if gemv else linear_affine_gemm
+    kernel[grid](
+        source,
+        low,
+        high if high is not None else low,
+        scales,
+        zeros,
+        bias if bias is not None else scales,
+        target,
+        tokens,
+        out_features,
+        in_features,
+        num_groups(group_size, in_features),
+        words,
+        stride,
+        tiles_per_split,
+        magic,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        BN=config.block_n,
+        BM=config.block_m,
+        SPLIT=split,
+        HAS_BIAS=bias is not None and split == 1,
+        HALF=half,
+        COMPILED=COMPILED,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **extra,
+    )
+    if split > 1:
+        count = tokens * out_features
+        sum_partials[(triton.cdiv(count, 512),)](
+            target,
+            bias if bias is not None else scales,
+            out,
+            count,
+            out_features,
+            SPLIT=split,
+            HAS_BIAS=bias is not None,
+            BLOCK=512,
+        )
+    return out
+
+
+def dequantize_triton(
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The dense weight [out_features, in_features] in `dtype`, equal to the format's `dequantize`."""
+    out_features, words = low.shape
+    width = block_width(bits, group_size, in_features)
+    weight = torch.empty((out_features, in_features), dtype=dtype, device=low.device)
+    tile = _PLANES[bits] * max(width, 16)
+    dequantize_affine_kernel[(triton.cdiv(in_features, tile), triton.cdiv(out_features, 32))](
+        low,
+        high if high is not None else low,
+        scales,
+        zeros,
+        weight,
+        out_features,
+        in_features,
+        num_groups(group_size, in_features),
+        words,
+        MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        BN=32,
+        COMPILED=COMPILED,
+        num_warps=4,
+    )
+    return weight
+
+
+@lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return "", 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count

@@ -1,0 +1,170 @@
+"""Decoding of the affine format's words inside Triton kernels; the layout is told in `formats/affine.py`.
+
+A code becomes a float without an int-to-float conversion: or-ed into the low
+mantissa bits of a power of two ("magic"), it reads as base + code, which one
+exact subtraction turns into code − 2^(bits−1). The magic is passed in as a
+runtime integer: were it a constant, `(word & mask) | magic` would have two
+immediates and cost two LOP3 instead of one (seen in SASS).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Two halves of a register at once: bf16 0x4300 is 128, fp16 0x6400 is 1024; one unit of mantissa is 1.
+MAGIC_BFLOAT16 = 0x43004300
+MAGIC_FLOAT16 = 0x64006400
+# One float32: 0x4B000000 is 2^23.
+MAGIC_FLOAT32 = 0x4B000000
+
+
+@triton.jit
+def spread_high(high, BITS: tl.constexpr):
+    """Move the upper bits of the odd codes from the upper half of a narrow word to bits 16 and up."""
+    wide = high.to(tl.int32)
+    if BITS == 5:
+        return (wide | (wide << 12)) & 0x000F000F
+    else:
+        return (wide & 0x00FF) | ((wide & 0xFF00) << 8)
+
+
+@triton.jit
+def plane_bits(low, high, magic, j: tl.constexpr, BITS: tl.constexpr):
+    """Codes 2i and 2i+1 of plane j in the two halves of an int32, or-ed with `magic`.
+
+    `low` int32 words, `high` what `spread_high` gave (ignored where the bits have no upper part).
+    """
+    LOW: tl.constexpr = 2 if BITS < 4 else (4 if BITS < 8 else 8)
+    MASK: tl.constexpr = ((1 << LOW) - 1) * 0x00010001
+    pair = ((low >> (LOW * j)) & MASK) | magic
+    if BITS == 3 or BITS == 5 or BITS == 6:
+        HIGH: tl.constexpr = BITS - LOW
+        HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << LOW) * 0x00010001
+        SHIFT: tl.constexpr = HIGH * j - LOW
+        if SHIFT >= 0:
+            pair = ((high >> SHIFT) & HIGH_MASK) | pair
+        else:
+            pair = ((high << (-SHIFT)) & HIGH_MASK) | pair
+    return pair
+
+
+@triton.jit
+def interleave(even, odd):
+    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; no instruction where both sit in
+    one thread."""
+    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
+
+
+@triton.jit
+def _pair_of(value, HALF: tl.constexpr):
+    """A float32 rounded to HALF, twice in an int32."""
+    bits = value.to(HALF).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return (bits | (bits << 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _fma_pair(a, b, c, HALF: tl.constexpr):
+    """a·b + c on the two halves of int32s; in assembly because the compiler would split and re-pack them."""
+    if HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _halves(pair, HALF: tl.constexpr):
+    """Both halves of int32 [rows, n] as HALF [rows, 2n]."""
+    even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
+    odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True)
+    return interleave(even, odd)
+
+
+@triton.jit
+def _byte_float(word, magic, byte: tl.constexpr, COMPILED: tl.constexpr):
+    """2^23 + one byte of the word, as float32."""
+    if COMPILED:
+        if byte == 0:
+            bits = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7650;", "=r,r,r", [word, magic], dtype=tl.int32, is_pure=True, pack=1
+            )
+        elif byte == 1:
+            bits = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7651;", "=r,r,r", [word, magic], dtype=tl.int32, is_pure=True, pack=1
+            )
+        elif byte == 2:
+            bits = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7652;", "=r,r,r", [word, magic], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            bits = tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, 0x7653;", "=r,r,r", [word, magic], dtype=tl.int32, is_pure=True, pack=1
+            )
+    else:
+        bits = ((word >> (8 * byte)) & 0xFF) | magic
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dequantize_plane(
+    low,
+    high,
+    magic,
+    scale,
+    offset,
+    j: tl.constexpr,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """(code − 2^(BITS−1))·scale + offset of plane j as [rows, 2·words].
+
+    `scale` and `offset` are float32 and broadcast against the result. HALF is
+    tl.bfloat16 or tl.float16: the dtype of the result, whose mantissa takes
+    the code. bf16 has no room for 8 bits, so those go through float32. Not
+    COMPILED (in the interpreter, whose bf16 arithmetic is wrong) all
+    arithmetic and the result are float32.
+    """
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    if BITS == 8 and HALF == tl.bfloat16:
+        even = _byte_float(low, magic, j, COMPILED) - (8388608.0 + CENTRE)
+        odd = _byte_float(low, magic, j + 2, COMPILED) - (8388608.0 + CENTRE)
+        weight = interleave(even, odd) * scale + offset
+        if COMPILED:
+            weight = weight.to(HALF)
+        return weight
+    else:
+        pair = plane_bits(low, high, magic, j, BITS)
+        if COMPILED:
+            # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
+            # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
+            ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
+            BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
+            one = tl.full(pair.shape, ONE, tl.int32)
+            pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
+            return _halves(_fma_pair(pair, _pair_of(scale, HALF), _pair_of(offset, HALF), HALF), HALF)
+        else:
+            POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
+            return (_halves(pair, HALF).to(tl.float32) - (POWER + CENTRE)) * scale + offset
+
+
+@triton.jit
+def plane_floats(low, high, magic, j: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.constexpr):
+    """Codes 2i and 2i+1 of plane j as two float32 tensors, each plus 128, or minus 128 for 8 bits.
+
+    `magic` is MAGIC_BFLOAT16, or MAGIC_FLOAT32 for 8 bits. A bf16 pattern in
+    the upper half of a register is the float32 of the same value.
+    """
+    if BITS == 8:
+        return _byte_float(low, magic, j, COMPILED) - 8388736.0, _byte_float(
+            low, magic, j + 2, COMPILED
+        ) - 8388736.0
+    else:
+        pair = plane_bits(low, high, magic, j, BITS)
+        even = (pair << 16).to(tl.float32, bitcast=True)
+        odd = (pair & -65536).to(tl.float32, bitcast=True)
+        return even, odd

@@ -1,0 +1,186 @@
+"""Affine GEMV for one to eight tokens, the dense weight for many, and the sum of split-K partial results.
+
+The GEMV multiplies on the float32 units: per group Σ (128 + code)·x and Σ x
+are formed side by side and joined as scale·(Σ (128 + code)·x − (128 + zero)·Σ x),
+so codes stay exact and no weight is ever rounded to x's dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
+
+
+@triton.jit
+def _x_pair(x, at, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
+    """Neighbours x[at] and x[at + 1] as float32; PAIRS: x is a pointer to int32 that hold two of them."""
+    if PAIRS:
+        pair = tl.load(x + at // 2, mask=mask, other=0)
+        if HALF == tl.bfloat16:
+            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
+            odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True)
+            return even.to(tl.float32), odd.to(tl.float32)
+    else:
+        return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0.0
+
+
+@triton.jit
+def linear_affine_gemv(
+    x,
+    low,
+    high,
+    scales,
+    zeros,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    GROUPS,
+    words,
+    x_stride,
+    tiles_per_split,
+    magic,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid (cdiv(N, BN), SPLIT); M ≤ BM.
+
+    x [M, K] rows x_stride apart (or the same memory as int32, with PAIRS);
+    out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1.
+    """
+    PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
+    LANES: tl.constexpr = WIDTH if WIDTH > 16 else 16
+    BLOCK: tl.constexpr = PLANES * WIDTH
+    TILE: tl.constexpr = PLANES * LANES
+    HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
+    CODE_BIAS: tl.constexpr = -128.0 if BITS == 8 else 128.0
+
+    pid_n = tl.program_id(0)
+    split = tl.program_id(1)
+    rn = pid_n * BN + tl.arange(0, BN)
+    rm = tl.arange(0, BM)
+    row = tl.minimum(rn, N - 1)
+    column = tl.arange(0, LANES // 2)
+    if WIDTH == LANES:
+        position = 2 * column
+    else:
+        position = (2 * column // WIDTH) * BLOCK + 2 * column % WIDTH
+    word_rows = row.to(tl.int64)[:, None] * words
+    x_rows = rm[:, None] * x_stride
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
+    acc = tl.zeros((BM, BN, LANES // 2), dtype=tl.float32)
+    for tile in range(first, last):
+        at = tile * (LANES // 2) + column
+        if WIDTH != LANES:
+            at = tl.minimum(at, words - 1)
+        word = tl.load(low + word_rows + at[None, :], eviction_policy="evict_first")
+        upper = word
+        if HAS_HIGH:
+            upper = spread_high(tl.load(high + word_rows + at[None, :]), BITS)
+        for j in tl.static_range(PLANES):
+            k = tile * TILE + j * WIDTH + position
+            in_x = (rm[:, None] < M) & (k[None, :] < K)
+            even_x, odd_x = _x_pair(x, x_rows + k[None, :], in_x, PAIRS, HALF)
+            if not PAIRS:
+                in_x = (rm[:, None] < M) & (k[None, :] + 1 < K)
+                odd_x, _ = _x_pair(x, x_rows + k[None, :] + 1, in_x, PAIRS, HALF)
+            even, odd = plane_floats(word, upper, magic, j, BITS, COMPILED)
+            if WIDTH == LANES:
+                group = tl.minimum((tile * TILE + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else 0
+                scale = tl.load(scales + group * N + row).to(tl.float32)[None, :, None]
+                zero = tl.load(zeros + group * N + row).to(tl.float32)[None, :, None]
+            else:
+                groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
+                scale = tl.load(scales + groups[None, :] * N + row[:, None]).to(tl.float32)[None, :, :]
+                zero = tl.load(zeros + groups[None, :] * N + row[:, None]).to(tl.float32)[None, :, :]
+            product = even[None, :, :] * even_x[:, None, :] + odd[None, :, :] * odd_x[:, None, :]
+            product -= (zero + CODE_BIAS) * (even_x + odd_x)[:, None, :]
+            acc += scale * product
+
+    y = tl.sum(acc, axis=2)
+    if HAS_BIAS:
+        y += tl.load(bias + row).to(tl.float32)[None, :]
+    out += split.to(tl.int64) * M * N
+    mask = (rm[:, None] < M) & (rn[None, :] < N)
+    tl.store(out + rm[:, None] * N + rn[None, :], y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dequantize_affine_kernel(
+    low,
+    high,
+    scales,
+    zeros,
+    out,
+    N,
+    K,
+    GROUPS,
+    words,
+    magic,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BN: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid (K tiles, cdiv(N, BN)): the dense weight [N, K] in out's dtype, rounded once from float32."""
+    PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
+    LANES: tl.constexpr = WIDTH if WIDTH > 16 else 16
+    BLOCK: tl.constexpr = PLANES * WIDTH
+    HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
+    CODE_BIAS: tl.constexpr = -128.0 if BITS == 8 else 128.0
+
+    tile = tl.program_id(0)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, N - 1)
+    at = tl.minimum(tile * (LANES // 2) + tl.arange(0, LANES // 2), words - 1)
+    lane = tl.arange(0, LANES)
+    position = (lane // WIDTH) * BLOCK + lane % WIDTH
+    words_at = row.to(tl.int64)[:, None] * words + at[None, :]
+    word = tl.load(low + words_at)
+    upper = word
+    if HAS_HIGH:
+        upper = spread_high(tl.load(high + words_at), BITS)
+    for j in tl.static_range(PLANES):
+        even, odd = plane_floats(word, upper, magic, j, BITS, COMPILED)
+        codes = interleave(even, odd)
+        k = tile * PLANES * LANES + j * WIDTH + position
+        if WIDTH == LANES:
+            group = tl.minimum((tile * PLANES * LANES + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else 0
+            scale = tl.load(scales + group * N + row).to(tl.float32)[:, None]
+            zero = tl.load(zeros + group * N + row).to(tl.float32)[:, None]
+        else:
+            groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
+            scale = tl.load(scales + groups[None, :] * N + row[:, None]).to(tl.float32)
+            zero = tl.load(zeros + groups[None, :] * N + row[:, None]).to(tl.float32)
+        # The bias of the code comes off first: it is exact, while zero + bias is not.
+        weight = ((codes - CODE_BIAS) - zero) * scale
+        mask = (rn[:, None] < N) & (k[None, :] < K)
+        tl.store(out + rn.to(tl.int64)[:, None] * K + k[None, :], weight.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_partials(partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < MN
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in tl.static_range(SPLIT):
+        y += tl.load(partials + part * MN + at, mask=mask, other=0.0)
+    if HAS_BIAS:
+        y += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,172 @@
+"""`qcompile MODEL --method M --bits B`: the compiler's command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qcompiler import __version__
+from qcompiler.kernels.errors import InvalidInputError, QCompilerError
+from qcompiler.options import DTYPES, CompileOptions, parse_bits
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EPILOG = """\b
+Examples:
+  qcompile examples/models/tiny-llama --method hqq --bits 4
+  qcompile owner/name --bits 3 --bits '*.o_proj=6' --lm-head-bits 8 -o out
+  qcompile owner/name --bits 4 --dry-run
+\b
+Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
+"""
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.argument("model")
+@click.option("-m", "--method", default="hqq", show_default=True, help="Quantization method: hqq, rtn.")
+@click.option(
+    "-b", "--bits", "bits", multiple=True, metavar="B|PATTERN=B",
+    help="Bits per weight (default 4); PATTERN=B for some linears, repeatable, the last match wins.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Artifact folder [<model>-<method>-<bits>bit]."
+)
+@click.option(
+    "-g", "--group-size", type=int, help="Weights per scale: 16, 32, 64, 128, 256; 0 = per output channel."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Activation dtype."
+)
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these linears alone; repeatable.")
+@click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
+@click.option(
+    "--hqq-solver", type=click.Choice(["search", "reference"]), help="hqq: ours, or the published one."
+)
+@click.option(
+    "--eval-text", type=click.Path(path_type=Path), help="Text for the quality figures [one that ships]."
+)
+@click.option(
+    "--eval-tokens", type=int, default=4096, show_default=True, help="Tokens of it; 0 = do not measure."
+)
+@click.option("--eval-context", type=int, default=512, show_default=True, help="Window length in tokens.")
+@click.option(
+    "--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print sizes, memory and time needed; read no weights, write nothing."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact; start an unfinished one anew.")
+@click.option("--resume", is_flag=True, help="Continue an unfinished compilation.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+@click.option(
+    "--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write every pass's graphs."
+)
+@click.option(
+    "--max-context", type=int, help="Longest context, for models whose rotary frequencies depend on it."
+)
+@click.option("--revision", help="Hub revision.")
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run code from the checkpoint.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Every layer and pass; tracebacks.")
+@click.version_option(__version__)
+def qcompile(
+    model: str, bits: tuple[str, ...], hqq_solver: str | None, dry_run: bool, as_json: bool, quiet: bool,
+    verbose: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Compile MODEL (a checkpoint folder, or a hub id) into a quantized artifact."""
+    from rich.console import Console
+
+    stderr = Console(stderr=True, quiet=quiet)
+    default, overrides = parse_bits(bits)
+    method_options = {"solver": hqq_solver} if hqq_solver else {}
+    if hqq_solver and flags["method"] != "hqq":
+        raise InvalidInputError("--hqq-solver belongs to --method hqq", hint="Drop one of them.")
+    options = CompileOptions(
+        model=model,
+        bits=4 if default is None else default,
+        bits_overrides=overrides,
+        method_options=method_options,
+        **flags,
+    )
+    # Heavy imports come after the options were found to make sense.
+    from qcompiler.progress import ConsoleProgress, Progress
+
+    progress = Progress() if quiet else ConsoleProgress(stderr, verbose=verbose)
+    stdout = Console(quiet=quiet or as_json)
+    if dry_run:
+        from qcompiler.estimate import dry_run as estimate
+
+        result: Any = estimate(options, progress)
+    else:
+        from qcompiler.pipeline import compile_model
+
+        result = compile_model(options, progress)
+    result.print(stdout)
+    if as_json:
+        print(json.dumps(result.to_json()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: runs the command and turns errors into exit codes."""
+    sys.exit(run(qcompile, argv))
+
+
+def run(command: click.Command, argv: list[str] | None = None) -> int:
+    """Run a click command; every outcome is an exit code, and every error a short text on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    verbose = "-v" in arguments or "--verbose" in arguments
+    try:
+        command.main(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted", "Rerun with --resume to continue; nothing half-written was left in place.")
+        return 130
+    except QCompilerError as error:
+        if verbose:
+            _traceback()
+        _say(error.message, error.hint)
+        return error.exit_code
+    except Exception as error:
+        if verbose:
+            _traceback()
+        _say(
+            f"internal error: {type(error).__name__}: {error}",
+            "This is our fault. Rerun with -v for the traceback and report it.",
+        )
+        return 1
+    return 0
+
+
+def _say(message: str, hint: str | None) -> None:
+    from rich.markup import escape
+
+    console = _stderr()
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if hint:
+        console.print(escape(hint), highlight=False, soft_wrap=True)
+
+
+def _traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+if __name__ == "__main__":
+    main()

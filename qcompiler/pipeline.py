@@ -1,0 +1,208 @@
+"""The road from a checkpoint to an artifact: plan, quantize, measure, lower, write."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from qcompiler import __version__
+from qcompiler.checkpoint.identity import checkpoint_fingerprint
+from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
+from qcompiler.estimate import check_resources
+from qcompiler.kernels.errors import QualityGateError
+from qcompiler.measure import measure_quality
+from qcompiler.options import CompileOptions
+from qcompiler.passes import PassManager, PassResult, lowering_passes
+from qcompiler.plan import CompilePlan, make_plan
+from qcompiler.progress import Progress
+from qcompiler.quality import Quality
+from qcompiler.quantize_weights import WeightStream
+from qcompiler.report import CompileReport, LayerReport, peak_rss_bytes
+from qcompiler.sizes import Sizes
+from qcompiler.workspace import Workspace, writing
+
+# Copied from the checkpoint as they are; the runtime needs the first, the rest is for other tools.
+_CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def compile_model(options: CompileOptions, progress: Progress | None = None) -> CompileReport:
+    """Compile a model into an artifact folder.
+
+    Args:
+        options: What to do.
+        progress: Told about long stages; quiet by default.
+
+    Returns:
+        What was done, with sizes, times and quality.
+
+    Raises:
+        InvalidInputError: The input or an option was refused; nothing is left in place.
+        QualityGateError: `max_kl` was exceeded; nothing is left in place.
+    """
+    progress = progress or Progress()
+    started = time.perf_counter()
+    output = options.output_path
+    check_output(options)
+    plan = make_plan(options)
+    for note in plan.captured.notes:
+        progress.note(note)
+    check_resources(plan)
+    with Workspace(
+        output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite
+    ) as workspace:
+        stream = WeightStream(plan, workspace)
+        resumed = workspace.count
+        layers = stream.quantize_all(progress)
+        quality = measure_quality(plan, stream, progress)
+        try:
+            check_gate(options, quality)
+        except QualityGateError:
+            workspace.discard()
+            raise
+        with writing(output):
+            written = emit(plan, stream, layers, quality)
+        workspace.discard()
+    sizes = Sizes(plan)
+    return CompileReport(
+        output=str(output),
+        bytes=written.nbytes,
+        bits_per_weight=sizes.bits_per_weight,
+        bits_per_weight_linears=sizes.bits_per_weight_linears,
+        linears_quantized=len(plan.layers),
+        linears_skipped=plan.skipped,
+        linears_total=len(plan.layers) + len(plan.skipped),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0,
+        quality=quality,
+        manifest_sha256=written.manifest_sha256,
+        layers=layers,
+        resumed_layers=resumed,
+    )
+
+
+def check_output(options: CompileOptions) -> None:
+    """Refuse a destination that is taken, before any work.
+
+    Raises:
+        InvalidInputError: It exists (without --overwrite), or is no artifact.
+    """
+    with writing(options.output_path):
+        options.output_path.parent.mkdir(parents=True, exist_ok=True)
+    check_destination(options.output_path, overwrite=options.overwrite)
+
+
+def check_gate(options: CompileOptions, quality: Quality | None) -> None:
+    """Hold the measured quality against `--max-kl`; what could not be measured does not pass.
+
+    Raises:
+        QualityGateError: It does not pass.
+    """
+    if options.max_kl is None:
+        return
+    if quality is None:
+        raise QualityGateError(
+            "--max-kl was given, but the quality of this model could not be measured; no artifact was kept",
+            hint="The checkpoint needs a tokenizer.json, and the model must be a decoder.",
+        )
+    quality.require(options.max_kl)
+
+
+def emit(
+    plan: CompilePlan, stream: WeightStream, layers: list[LayerReport], quality: Quality | None
+) -> WrittenArtifact:
+    """Lower the planned graph and write the artifact."""
+    graph = copy.deepcopy(plan.quantized_graph)
+    dump = plan.options.dump_graphs
+    manager = PassManager(lowering_passes(plan.captured.kind), dump_dir=dump and dump / "3-lowered")
+    plan.passes.extend(manager.run(graph))
+    sizes = Sizes(plan)
+    # Times and machines stay out of the artifact: the same input gives the same bytes.
+    report = {
+        "bits_per_weight": sizes.bits_per_weight,
+        "bits_per_weight_linears": sizes.bits_per_weight_linears,
+        "linears_quantized": len(plan.layers),
+        "linears_skipped": [{"name": s.name, "reason": s.reason} for s in plan.skipped],
+        "layers": [vars(layer) for layer in layers],
+        "quality": quality.to_json() if quality else None,
+        "passes": [passed(result) for result in plan.passes],
+    }
+    return write_artifact(
+        plan.options.output_path,
+        graph,
+        tensors_of(graph, stream),
+        info=artifact_info(plan, sizes),
+        files=carried_files(plan),
+        report=lambda size: {**report, "bytes": size},
+        overwrite=plan.options.overwrite,
+    )
+
+
+def tensors_of(graph: GraphModule, stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the graph reads, once, in the order of its first use."""
+    seen: set[str] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in seen:
+            seen.add(str(node.target))
+            yield str(node.target), stream.tensor(graph, str(node.target))
+
+
+def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
+    """What the manifest says of the model and of how it was made."""
+    config = plan.captured.config
+    generation = plan.generation_config()
+    details = {
+        "producer": f"qcompiler {__version__}",
+        "method": {"name": plan.options.method, "options": plan.method_options},
+        "source": {
+            "name": plan.options.model.rstrip("/").rsplit("/", 1)[-1],
+            "fingerprint": checkpoint_fingerprint(plan.checkpoint.folder),
+        },
+        "bits_per_weight": sizes.bits_per_weight,
+        "bits_per_weight_linears": sizes.bits_per_weight_linears,
+    }
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    return ArtifactInfo(
+        kind=plan.captured.kind,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        model_type=str(config.get("model_type", "unknown")),
+        vocab_size=plan.captured.vocab_size,
+        max_context=plan.captured.max_positions or 1 << 20,
+        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),)),
+        bos_token_id=generation.get("bos_token_id", config.get("bos_token_id")),
+        details=details,
+    )
+
+
+def carried_files(plan: CompilePlan) -> dict[str, Any]:
+    """Tokenizer and configs by file name."""
+    found = {name: plan.file(name) for name in (*_CARRIED_FILES, "config.json")}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def passed(result: PassResult) -> dict[str, Any]:
+    """One pass for the report: what it matched, and why not elsewhere, by reason."""
+    reasons: dict[str, int] = {}
+    for _, reason in result.skipped:
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return {"name": result.name, "matched": result.matched, "skipped": reasons}
+
+
+def fingerprint(plan: CompilePlan) -> dict[str, Any]:
+    """What must be equal for an unfinished compilation to be continued."""
+    return {
+        "qcompiler": __version__,
+        "torch": torch.__version__,
+        "device": plan.device.type,
+        "source": checkpoint_fingerprint(plan.checkpoint.folder),
+        "layers": hashlib.sha256(
+            repr([(layer.name, layer.spec.to_json()) for layer in plan.layers]).encode()
+        ).hexdigest(),
+        **plan.options.fingerprint(),
+    }

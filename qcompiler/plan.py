@@ -1,0 +1,167 @@
+"""The plan of a compilation: the graph, canonical and quantized, on meta; no weight has been read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompiler.capture import CapturedModel, ModelSource, capture
+from qcompiler.checkpoint import Checkpoint
+from qcompiler.checkpoint.files import read_json
+from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.layer_plan import LayerPlan
+from qcompiler.methods.base import get_method
+from qcompiler.options import CompileOptions
+from qcompiler.passes import PassManager, QuantizedLinear, QuantizeLinears, canonical_passes
+from qcompiler.passes.quantize_linears import linear_like, linear_name
+from qcompiler.report import SkippedLayer
+
+if TYPE_CHECKING:
+    from qcompiler.methods.base import Method
+    from qcompiler.passes import PassResult
+
+
+@dataclass
+class CompilePlan:
+    """Everything that is known before the first weight is read.
+
+    Attributes:
+        options: What was asked for.
+        source: The model and its checkpoint.
+        captured: The model as captured; its graph is canonical and still float.
+        quantized_graph: A copy of it with the chosen linears in their storage formats, on meta.
+        layers: The chosen linears in graph order.
+        skipped: The others, and why.
+        method: The quantization method.
+        method_options: Its options, defaults filled in.
+        device: Where weights are quantized and quality is measured.
+        passes: What each pass did.
+    """
+
+    options: CompileOptions
+    source: ModelSource
+    captured: CapturedModel
+    quantized_graph: GraphModule
+    layers: list[QuantizedLinear]
+    skipped: list[SkippedLayer]
+    method: Method
+    method_options: dict[str, Any]
+    device: torch.device
+    passes: list[PassResult] = field(default_factory=list)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights; a plan is always made from a model that has some."""
+        if self.source.checkpoint is None:
+            raise InvalidInputError(f"{self.source.name} has no weights to compile")
+        return self.source.checkpoint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activation dtype of the artifact."""
+        return self.captured.dtype
+
+    def file(self, name: str) -> Path | None:
+        """A file of the checkpoint's folder, or None if it has none of that name."""
+        path = self.checkpoint.folder / name
+        return path if path.is_file() else None
+
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, empty if there is none."""
+        path = self.file("generation_config.json")
+        return {} if path is None else read_json(path)
+
+
+def make_plan(options: CompileOptions) -> CompilePlan:
+    """Capture the model and decide what happens to each linear. Reads shapes, never weights.
+
+    Raises:
+        InvalidInputError: An option does not fit the method, the model or the machine.
+        UnsupportedModelError: The model cannot be captured faithfully.
+    """
+    method = get_method(options.method)
+    method_options = method.validate(options.method_options)
+    method.resolve_spec(options.bits, options.group_size)  # refuses impossible widths before any work
+    device = pick_device(options.device)
+    source = ModelSource.from_pretrained(
+        options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
+    )
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    captured = capture(source, dtype, max_context=options.max_context)
+    passes = PassManager(canonical_passes(), dump_dir=_dump(options, "1-canonical")).run(captured.graph)
+
+    layer_plan = LayerPlan(options, head_names=output_heads(captured.graph))
+
+    def choose(name: str, out_features: int, in_features: int) -> Any:
+        bits = layer_plan.bits_for(name)
+        return bits if isinstance(bits, str) else method.resolve_spec(bits, options.group_size)
+
+    quantized_graph = copy.deepcopy(captured.graph)
+    quantize = QuantizeLinears(choose)
+    (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
+    skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
+    layers = result.quantized  # type: ignore[attr-defined]
+    layer_plan.check_all_used([layer.name for layer in [*layers, *skipped]])
+    return CompilePlan(
+        options,
+        source,
+        captured,
+        quantized_graph,
+        layers,
+        skipped,
+        method,
+        method_options,
+        device,
+        [*passes, result],
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that an option means.
+
+    Raises:
+        InvalidInputError: No such device on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInputError(
+            f"device {name!r} is not known", hint="Use auto, cpu, cuda or cuda:N."
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError("device cuda was asked for, but torch sees no GPU", hint="Use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInputError(f"{name} does not exist: torch sees {torch.cuda.device_count()} GPU(s)")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidInputError(f"device {name!r} is not supported", hint="Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def output_heads(gm: GraphModule) -> frozenset[str]:
+    """Names of the linears whose result reaches the output through one-input ops only (soft cap, scale)."""
+    (output,) = [node for node in gm.graph.nodes if node.op == "output"]
+    heads: set[str] = set()
+    frontier: list[Node] = list(output.all_input_nodes)
+    while frontier:
+        node = frontier.pop()
+        if linear_like(node):
+            heads.add(linear_name(node))
+        elif node.op == "call_function" and len(tensor_inputs(node)) == 1:
+            frontier.extend(tensor_inputs(node))
+    return frozenset(heads)
+
+
+def tensor_inputs(node: Node) -> list[Node]:
+    """The inputs of a node that are tensors."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _dump(options: CompileOptions, stage: str) -> Path | None:
+    return None if options.dump_graphs is None else options.dump_graphs / stage

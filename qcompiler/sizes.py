@@ -1,0 +1,39 @@
+"""Exact accounting of what an artifact stores for its weights."""
+
+from __future__ import annotations
+
+from qcompiler.kernels.formats import get_format
+from qcompiler.passes import QuantizedLinear
+from qcompiler.plan import CompilePlan
+
+
+class Sizes:
+    """Stored bits over the number of weights they stand for.
+
+    Attributes:
+        weights: Parameters of the model, tied ones once.
+        bytes: What the artifact stores for them.
+        bits_per_weight: Over everything, embeddings included.
+        bits_per_weight_linears: Over the quantized linears alone.
+    """
+
+    def __init__(self, plan: CompilePlan):
+        numbers = {layer.weight: layer.out_features * layer.in_features for layer in plan.layers}
+        stored = sum(
+            get_format(layer.format).nbytes(layer.spec, layer.out_features, layer.in_features)
+            for layer in plan.layers
+        )
+        floats = {
+            name: tensor.numel()
+            for name, tensor in plan.quantized_graph.state_dict(keep_vars=True).items()
+            if name in plan.captured.graph.state_dict(keep_vars=True) and tensor.is_floating_point()
+        }
+        self.weights = sum(numbers.values()) + sum(n for name, n in floats.items() if name not in numbers)
+        self.bytes = stored + plan.dtype.itemsize * sum(floats.values())
+        self.bits_per_weight = 8 * self.bytes / self.weights
+        self.bits_per_weight_linears = 8 * stored / sum(numbers.values()) if numbers else 0.0
+
+    @staticmethod
+    def layer_bits(layer: QuantizedLinear) -> float:
+        """Bits per weight of one linear."""
+        return get_format(layer.format).bits_per_weight(layer.spec, layer.out_features, layer.in_features)

@@ -1,0 +1,311 @@
+"""Continuous batching: sequences come and go, every step computes what is due for all of them.
+
+A step first takes one token of each sequence that is generating, then fills
+the rest of the token budget with prompts, in pieces if need be (chunked
+prefill). A sequence's pages are reserved when it starts, for its prompt and
+everything it may generate, so that none runs out midway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from qcompiler.kernels.errors import InvalidInputError, QCompilerError
+from qcompiler.runtime.batch import Span
+from qcompiler.runtime.executor import Executor
+from qcompiler.runtime.pages import PageAllocator
+from qcompiler.runtime.sampling import SamplerState, SamplingParams, sample
+
+FinishReason = Literal["stop", "length", "aborted"]
+_LOGITS_BYTES = 256 << 20
+
+
+class NonFiniteLogitsError(QCompilerError):
+    """The model computed NaN or nothing but infinities for a sequence."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt being continued.
+
+    `tokens` holds the prompt and what was generated; `computed` of them are in the cache.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    limit: int
+    stop_ids: frozenset[int]
+    sampler: SamplerState
+    watch: Callable[[int], bool] | None = None
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    finish_reason: FinishReason | None = None
+    error: QCompilerError | None = None
+
+    @property
+    def generated(self) -> list[int]:
+        """Tokens after the prompt, a final stop token included."""
+        return self.tokens[self.prompt_length :]
+
+
+class Engine:
+    """Generates for many sequences at once; safe to call from several threads.
+
+    Args:
+        executor: Runs the steps.
+        vocab_size: Token ids lie below this.
+        max_context: Most tokens of one sequence.
+        eos_token_ids: End a sequence unless it ignores them.
+        max_sequences: Most sequences that run at once; more wait.
+        max_step_tokens: Most tokens of one step.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        max_context: int,
+        eos_token_ids: Seq[int] = (),
+        max_sequences: int = 64,
+        max_step_tokens: int = 2048,
+    ):
+        self.executor = executor
+        self.vocab_size = vocab_size
+        self.max_context = max_context
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.max_sequences = max_sequences
+        self.max_step_tokens = max(max_step_tokens, max_sequences)
+        self.allocator = PageAllocator(executor.num_pages, executor.page_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._ids = itertools.count()
+        self._lock = threading.RLock()
+
+    def check_tokens(self, tokens: Seq[int], *, room: int = 0) -> None:
+        """Raise `InvalidInputError` unless these ids are in the vocabulary and fit the context with `room` to spare."""
+        if not tokens:
+            raise InvalidInputError("the prompt is empty", hint="Give at least one token.")
+        if len(tokens) + room > self.max_context:
+            raise InvalidInputError(
+                f"the prompt has {len(tokens)} tokens, but the model's context is {self.max_context}"
+                + (f" and {room} must be left to generate" if room else ""),
+                hint="Shorten the prompt.",
+            )
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidInputError(
+                f"token id {low if low < 0 else high} is not in the vocabulary of {self.vocab_size}"
+            )
+
+    def add(
+        self, prompt: Seq[int], params: SamplingParams, *, watch: Callable[[int], bool] | None = None
+    ) -> Sequence:
+        """Queue a prompt.
+
+        Args:
+            prompt: Token ids.
+            params: How to sample and when to stop.
+            watch: Called with each generated token that is no stop token; True ends the sequence.
+
+        Raises:
+            InvalidInputError: the prompt is empty, too long, or needs more pages than there are.
+        """
+        self.check_tokens(prompt, room=1)
+        limit = min(len(prompt) + params.max_tokens, self.max_context)
+        needed = self.allocator.pages_for(limit)
+        if needed > self.allocator.num_pages:
+            raise InvalidInputError(
+                f"{len(prompt)} prompt tokens and up to {limit - len(prompt)} more need {needed} pages of the KV "
+                f"cache, which has {self.allocator.num_pages} of {self.allocator.page_size} tokens",
+                hint="Lower max_tokens, or load the model with more pages (max_cache_tokens).",
+            )
+        stop_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
+        )
+        sequence = Sequence(
+            id=next(self._ids),
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            limit=limit,
+            stop_ids=stop_ids,
+            sampler=SamplerState(params),
+            watch=watch,
+        )
+        with self._lock:
+            self.waiting.append(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        """Stop a sequence now and free its pages; does nothing if it has ended."""
+        with self._lock:
+            if sequence.finish_reason is None:
+                self._finish(sequence, "aborted")
+
+    def step(self) -> bool:
+        """Compute one step; False when nothing is left to do."""
+        with self._lock:
+            work = self._schedule()
+            if not work:
+                return False
+            spans, due = [], []
+            for sequence, count in work:
+                stop = sequence.computed + count
+                last = stop == len(sequence.tokens)
+                tokens = sequence.tokens[sequence.computed : stop]
+                spans.append(Span(tokens, sequence.computed, sequence.pages, [count - 1] if last else []))
+                if last:
+                    due.append(sequence)
+            if due:
+                logits = self.executor.run(spans)
+                tokens = sample(logits, [s.sampler for s in due], [s.tokens for s in due])
+            else:
+                # A graph gathers at least one row: an unfinished prompt's, which nobody looks at.
+                self.executor.run([*spans[:-1], _with_row(spans[-1])])
+                tokens = []
+            for sequence, count in work:
+                sequence.computed += count
+            for sequence, token in zip(due, tokens, strict=True):
+                self._accept(sequence, token)
+            return True
+
+    def run(self, sequences: Seq[Sequence]) -> None:
+        """Step until these sequences have ended.
+
+        Raises:
+            QCompilerError: what went wrong with the first of them that failed.
+        """
+        while any(s.finish_reason is None for s in sequences):
+            self.advance()
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
+
+    def advance(self) -> None:
+        """`step`, when something is known to be waiting.
+
+        Raises:
+            InvalidInputError: what waits can never start, because its pages are held elsewhere.
+        """
+        if not self.step():
+            with self._lock:
+                if self.waiting and not self.running:
+                    raise InvalidInputError(
+                        f"{self.allocator.available} pages of the KV cache are free, too few for the next prompt",
+                        hint="Finish what holds them, or load the model with more pages (max_cache_tokens).",
+                    )
+
+    def score(self, prompts: Seq[Seq[int]]) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Logits of every token of every prompt, computed in ragged steps.
+
+        Yields:
+            (index of the prompt, index of the first token, logits [tokens, vocabulary] of a run of its tokens).
+        """
+        for prompt in prompts:
+            self.check_tokens(prompt)
+        budget = max(1, min(self.max_step_tokens, _LOGITS_BYTES // (4 * self.vocab_size)))
+        pending = deque((i, list(p)) for i, p in enumerate(prompts))
+        active: list[tuple[int, list[int], int, list[int]]] = []  # index, tokens, computed, pages
+        try:
+            while pending or active:
+                with self._lock:
+                    room = budget - sum(len(t) - c for _, t, c, _ in active)
+                    while pending and room > 0:
+                        pages = self.allocator.allocate(self.allocator.pages_for(len(pending[0][1])))
+                        if pages is None:
+                            break
+                        index, tokens = pending.popleft()
+                        active.append((index, tokens, 0, pages))
+                        room -= len(tokens)
+                    if not active:
+                        raise InvalidInputError(
+                            f"no pages of the KV cache are free for {len(pending[0][1])} tokens",
+                            hint="Wait for running generations, or load the model with max_cache_tokens.",
+                        )
+                    left, spans, parts = budget, [], []
+                    for index, tokens, computed, pages in active:
+                        count = min(left, len(tokens) - computed)
+                        if count == 0:
+                            break
+                        left -= count
+                        spans.append(Span(tokens[computed : computed + count], computed, pages, range(count)))
+                        parts.append((index, computed, count))
+                    logits = self.executor.run(spans).clone()
+                    rest = []
+                    for k, (index, tokens, computed, pages) in enumerate(active):
+                        done = computed + (parts[k][2] if k < len(parts) else 0)
+                        if done == len(tokens):
+                            self.allocator.release(pages)
+                        else:
+                            rest.append((index, tokens, done, pages))
+                    active = rest
+                row = 0
+                for index, computed, count in parts:
+                    yield index, computed, logits[row : row + count]
+                    row += count
+        finally:
+            with self._lock:
+                for _, _, _, pages in active:
+                    self.allocator.release(pages)
+
+    def _schedule(self) -> list[tuple[Sequence, int]]:
+        """Who computes how many tokens in this step."""
+        budget = self.max_step_tokens
+        work: list[tuple[Sequence, int]] = []
+        decoding = [s for s in self.running if s.computed == len(s.tokens) - 1 and s.computed >= s.prompt_length]
+        for sequence in decoding:
+            work.append((sequence, 1))
+            budget -= 1
+        chosen = set(map(id, decoding))
+        for sequence in self.running:
+            if budget > 0 and id(sequence) not in chosen:
+                count = min(budget, len(sequence.tokens) - sequence.computed)
+                work.append((sequence, count))
+                budget -= count
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            sequence = self.waiting[0]
+            pages = self.allocator.allocate(self.allocator.pages_for(sequence.limit))
+            if pages is None:
+                break
+            self.waiting.popleft()
+            sequence.pages = pages
+            self.running.append(sequence)
+            count = min(budget, len(sequence.tokens))
+            work.append((sequence, count))
+            budget -= count
+        return work
+
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        if token < 0:
+            sequence.error = NonFiniteLogitsError(
+                f"the model computed NaN or infinite logits after {len(sequence.tokens)} tokens",
+                hint="qrun verify ARTIFACT checks the weights; float16 activations can overflow, bfloat16 do not.",
+            )
+            self._finish(sequence, "aborted")
+            return
+        sequence.tokens.append(token)
+        if token in sequence.stop_ids or (sequence.watch is not None and sequence.watch(token)):
+            self._finish(sequence, "stop")
+        elif len(sequence.tokens) >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.allocator.release(sequence.pages)
+        sequence.pages = []
+
+
+def _with_row(span: Span) -> Span:
+    return Span(span.tokens, span.start, span.pages, [len(span.tokens) - 1])

@@ -1,0 +1,128 @@
+"""Runs ragged steps of a decoder: the program, its KV pages, and CUDA graphs for decode.
+
+Decode steps are small and many, so on a GPU they are captured as CUDA graphs
+for a few numbers of sequences and widths of the block table, at first use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qcompiler.runtime.batch import IndexBuffer, Span, StepBatch
+from qcompiler.runtime.pages import PageSpec, allocate_pages
+from qcompiler.runtime.program import Program
+
+DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_MIN_TABLE = 8
+
+
+class Executor:
+    """A program with pages.
+
+    Args:
+        program: The decoder.
+        specs: Its page inputs.
+        num_pages: Pages to allocate in each.
+        page_size: Tokens per page.
+        position_offset: Position id of a sequence's first token.
+        cuda_graphs: Capture decode steps; only on CUDA.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        specs: list[PageSpec],
+        num_pages: int,
+        page_size: int,
+        *,
+        position_offset: int = 0,
+        cuda_graphs: bool = True,
+    ):
+        self.program = program
+        self.device = program.device
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.position_offset = position_offset
+        self.pages = allocate_pages(specs, num_pages, page_size, self.device)
+        self._use_graphs = cuda_graphs and self.device.type == "cuda"
+        self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
+        self._pool: Any = None
+
+    def run(self, spans: list[Span]) -> torch.Tensor:
+        """Logits [rows, vocabulary] of one step, rows in the order of the spans; valid until the next step."""
+        batch = StepBatch(spans, self.page_size, self.position_offset)
+        if self._use_graphs and batch.is_decode and len(spans) <= DECODE_SIZES[-1]:
+            return self._replay(batch)
+        arrays = batch.arrays()
+        width = batch.max_pages
+        buffer = IndexBuffer(
+            {
+                "input_ids": (1, batch.num_tokens),
+                "position_ids": (1, batch.num_tokens),
+                "logits_rows": (len(arrays["logits_rows"]),),
+                "slots": (batch.num_tokens,),
+                "block_table": (len(spans), width),
+                "query_start": (len(spans) + 1,),
+                "seq_lens": (len(spans),),
+            },
+            self.device,
+        )
+        buffer.fill(arrays)
+        return self._call(buffer.tensors, batch.max_query_len)
+
+    def _call(self, tensors: dict[str, torch.Tensor], max_query_len: int) -> torch.Tensor:
+        (logits, *_) = self.program({**tensors, **self.pages, "max_query_len": max_query_len})
+        return logits[0]
+
+    def _replay(self, batch: StepBatch) -> torch.Tensor:
+        count = next(s for s in DECODE_SIZES if s >= len(batch.spans))
+        width = _MIN_TABLE
+        while width < batch.max_pages:
+            width *= 2
+        graph = self._graphs.get((count, width))
+        if graph is None:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = _DecodeGraph(self, count, width, self._pool)
+            self._graphs[count, width] = graph
+        return graph.replay(batch)[: len(batch.spans)]
+
+
+class _DecodeGraph:
+    """One captured decode step of `count` sequences with `width` columns in the block table."""
+
+    def __init__(self, executor: Executor, count: int, width: int, pool: Any):
+        self._count, self._width = count, width
+        self._buffer = IndexBuffer(
+            {
+                "input_ids": (1, count),
+                "position_ids": (1, count),
+                "logits_rows": (count,),
+                "slots": (count,),
+                "block_table": (count, width),
+                "query_start": (count + 1,),
+                "seq_lens": (count,),
+            },
+            executor.device,
+        )
+        # Sequences of one token, written to no slot: warm-up compiles the kernels and touches no page.
+        empty = StepBatch([Span([0], 0, [0], [0])] * count, executor.page_size, executor.position_offset)
+        arrays = empty.arrays(pages=width)
+        arrays["slots"] = [-1] * count
+        self._buffer.fill(arrays)
+        stream = torch.cuda.Stream(executor.device)
+        stream.wait_stream(torch.cuda.current_stream(executor.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                executor._call(self._buffer.tensors, 1)
+        torch.cuda.current_stream(executor.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._logits = executor._call(self._buffer.tensors, 1)
+
+    def replay(self, batch: StepBatch) -> torch.Tensor:
+        self._buffer.fill(batch.arrays(sequences=self._count, pages=self._width))
+        self._graph.replay()
+        return self._logits

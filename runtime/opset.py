@@ -1,0 +1,131 @@
+"""The ops that a graph file may name, and the scalar functions on sizes.
+
+An artifact's graph is data: an op is looked up in this table by its exact
+overload name and in no other way. The aten names are those that captures of
+transformers models contain, after canonicalisation or before it; ops that
+read files, draw random numbers or resize their inputs are not among them.
+`qcompiler.*` means the ops that `qcompiler.kernels.ops` registers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qcompiler.kernels.errors import ArtifactError
+
+# Version of each op library: raised when an op's meaning changes or a new op is needed.
+OP_LIBRARIES = {"aten": 1, "qcompiler": 1, "sym": 1}
+
+_ATEN = """
+abs.default add.Tensor add.Scalar add_.Tensor addmm.default alias.default all.default amax.default amin.default
+any.default arange.default arange.start arange.start_step argmax.default argmin.default baddbmm.default
+bitwise_and.Tensor bitwise_and.Scalar bitwise_not.default bitwise_or.Tensor bmm.default broadcast_to.default
+cat.default ceil.default chunk.default clamp.default clamp.Tensor clamp_max.default clamp_min.default
+clone.default concat.default contiguous.default copy_.default cos.default cumsum.default
+detach.default diff.default div.Tensor div.Scalar div_.Tensor div.Tensor_mode dropout.default
+einsum.default elu.default embedding.default empty.memory_format empty_like.default eq.Scalar eq.Tensor
+erf.default exp.default expand.default expand_as.default fill_.Scalar flatten.using_ints floor.default
+floor_divide.default floor_divide.Scalar full.default full_like.default gather.default ge.Scalar ge.Tensor
+gelu.default group_norm.default gt.Scalar gt.Tensor hardswish.default histc.default
+index.Tensor index_add.default index_add_.default index_put.default index_put_.default index_select.default
+isinf.default isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default
+linear.default log.default log1p.default logical_and.default logical_not.default logical_or.default
+lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_fill_.Scalar matmul.default max.default max.dim
+max.other maximum.default mean.default mean.dim min.default min.dim min.other minimum.default mish.default
+mm.default mul.Tensor mul.Scalar mul_.Tensor narrow.default ne.Scalar ne.Tensor neg.default new_empty.default
+new_full.default new_ones.default new_zeros.default nonzero.default one_hot.default ones.default ones_like.default
+outer.default permute.default polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
+reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor repeat.default
+repeat_interleave.self_int reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
+scalar_tensor.default scatter.src scatter.value scatter_.src scatter_.value scatter_add.default
+scatter_add_.default select.int sigmoid.default sign.default silu.default sin.default slice.Tensor softmax.int
+_softmax.default softplus.default sort.default split.Tensor split_with_sizes.default sqrt.default square.default
+squeeze.default squeeze.dim squeeze.dims stack.default sub.Tensor sub.Scalar sub_.Tensor sum.default
+sum.dim_IntList t.default tanh.default tile.default to.device to.dtype to.dtype_layout to.other _to_copy.default
+topk.default transpose.int tril.default triu.default true_divide.Tensor type_as.default unbind.int
+unflatten.int unsqueeze.default view.default view.dtype view_as.default view_as_complex.default
+view_as_real.default where.ScalarOther where.ScalarSelf where.self xlogy.Tensor zeros.default zeros_like.default
+_grouped_mm.default
+"""
+ATEN_OPS = frozenset(f"aten.{name}" for name in _ATEN.split())
+
+# Sizes are at most this, whatever a graph computes with them.
+_MAX_SCALAR = 1 << 62
+
+
+def _bounded(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        result = fn(*args)
+        if not -_MAX_SCALAR < result < _MAX_SCALAR:
+            raise ArtifactError("a size computed by the graph leaves the 62-bit range")
+        return result
+
+    return call
+
+
+def _size(x: torch.Tensor, dim: int) -> int:
+    return x.shape[dim]
+
+
+# name -> (number of arguments, function on Python scalars)
+SYM_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "sym.size": (2, _size),
+    "sym.getitem": (2, operator.getitem),
+    "sym.add": (2, _bounded(operator.add)),
+    "sym.sub": (2, _bounded(operator.sub)),
+    "sym.mul": (2, _bounded(operator.mul)),
+    "sym.floordiv": (2, operator.floordiv),
+    "sym.truediv": (2, operator.truediv),
+    "sym.mod": (2, operator.mod),
+    "sym.neg": (1, operator.neg),
+    "sym.abs": (1, operator.abs),
+    "sym.min": (2, min),
+    "sym.max": (2, max),
+    "sym.eq": (2, operator.eq),
+    "sym.ne": (2, operator.ne),
+    "sym.lt": (2, operator.lt),
+    "sym.le": (2, operator.le),
+    "sym.gt": (2, operator.gt),
+    "sym.ge": (2, operator.ge),
+    "sym.not": (1, operator.not_),
+    "sym.int": (1, int),
+    "sym.float": (1, float),
+}
+
+
+def allowed_ops() -> frozenset[str]:
+    """Every op name that a graph file may use."""
+    return ATEN_OPS | frozenset(SYM_OPS) | _own_ops()
+
+
+def resolve(name: str, where: str) -> torch._ops.OpOverload | None:
+    """The overload of an allowed op, or None for a scalar function (`SYM_OPS`).
+
+    Raises:
+        ArtifactError: the op is not on the list, or this torch does not have it.
+    """
+    if name in SYM_OPS:
+        return None
+    if name not in ATEN_OPS and name not in _own_ops():
+        raise ArtifactError(
+            f"{where}: op {name[:80]!r} is not on the list of ops that a graph may use",
+            hint="Compile the model again with this version, or upgrade qcompiler.",
+        )
+    namespace, op, overload = name.split(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    except AttributeError:
+        raise ArtifactError(
+            f"{where}: op {name!r} does not exist in torch {torch.__version__}", hint="Upgrade torch."
+        ) from None
+
+
+def _own_ops() -> frozenset[str]:
+    import qcompiler.kernels.ops  # noqa: F401  (registers them)
+    from qcompiler.kernels.library import registered_ops
+
+    return frozenset(f"qcompiler.{name}.default" for name in registered_ops())

@@ -1,0 +1,112 @@
+"""Paged KV cache: which pages are free, and the tensors they stand for (Kwon et al. 2023, "PagedAttention")."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qcompiler.kernels.errors import ArtifactError, InvalidInputError
+from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph
+
+
+@dataclass(frozen=True)
+class PageSpec:
+    """Shape of one page input of the graph: [pages, page_size, *row]."""
+
+    name: str
+    row: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in it."""
+        count = 1
+        for size in self.row:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
+    """The graph's page inputs, and the page size if the graph fixes it.
+
+    Raises:
+        ArtifactError: a page input without a fixed number of heads and channels.
+    """
+    specs, sizes = [], set()
+    for declared in graph.inputs:
+        if not declared.name.startswith(("k_pages_", "v_pages_")):
+            continue
+        shape = declared.shape
+        if len(shape) != 4 or not all(isinstance(s, int) for s in shape[2:]):
+            raise ArtifactError(f"graph.json: input {declared.name!r} is not [pages, page_size, heads, head_dim]")
+        specs.append(
+            PageSpec(declared.name, tuple(int(s) for s in shape[2:]), DTYPE_BY_NAME[declared.dtype])
+        )
+        if isinstance(shape[1], int):
+            sizes.add(shape[1])
+    if len(sizes) > 1 or 0 in sizes:
+        raise ArtifactError(f"graph.json: page sizes {sorted(sizes)} do not agree")
+    return specs, (sizes.pop() if sizes else None)
+
+
+def allocate_pages(
+    specs: list[PageSpec], num_pages: int, page_size: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Zeroed page tensors by input name; on the CPU memory is taken only as pages are first written."""
+    pages = {}
+    for spec in specs:
+        shape = (num_pages, page_size, *spec.row)
+        if device.type == "cpu":
+            # numpy asks the system for zeroed memory, which is not touched until used; torch would fill it.
+            raw = np.zeros(num_pages * page_size * spec.token_bytes, dtype=np.uint8)
+            pages[spec.name] = torch.from_numpy(raw).view(spec.dtype).view(shape)
+        else:
+            pages[spec.name] = torch.zeros(shape, dtype=spec.dtype, device=device)
+    return pages
+
+
+class PageAllocator:
+    """Hands out pages by number, neighbours together where it can, lowest first."""
+
+    def __init__(self, num_pages: int, page_size: int):
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(range(num_pages))
+
+    @property
+    def available(self) -> int:
+        """Pages that are free."""
+        return len(self._free)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages in order, or None if there are not as many."""
+        free = self._free
+        if count > len(free):
+            return None
+        start = 0
+        for i in range(len(free) - count + 1):
+            if free[i + count - 1] - free[i] == count - 1:
+                start = i
+                break
+        taken = free[start : start + count]
+        del free[start : start + count]
+        return taken
+
+    def release(self, pages: list[int]) -> None:
+        """Give pages back.
+
+        Raises:
+            InvalidInputError: a page is free already.
+        """
+        for page in pages:
+            at = bisect.bisect_left(self._free, page)
+            if at < len(self._free) and self._free[at] == page:
+                raise InvalidInputError(f"page {page} was released twice")
+            self._free.insert(at, page)

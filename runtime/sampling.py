@@ -1,0 +1,200 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+
+The processors are those of transformers, in its order: repetition penalty,
+temperature, top-k, top-p, min-p. A token is drawn by inverting the cumulative
+distribution, in vocabulary order, at one uniform number from the request's
+own generator; so what a request draws does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from qcompiler.kernels.errors import InvalidInputError
+
+MAX_TOKENS = 1 << 24
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop; every field is checked.
+
+    Args:
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Keep the k most likely tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        min_p: Drop tokens less likely than this times the most likely one, in [0, 1].
+        repetition_penalty: Positive logits of tokens seen before are divided by this, negative multiplied; > 0.
+        seed: Makes sampling repeatable; None draws a fresh one.
+        max_tokens: Most tokens to generate.
+        stop: Strings that end the text; they are not part of it.
+        stop_token_ids: Tokens that end the text, beside the model's own.
+        ignore_eos: Go on after the model's end-of-text tokens.
+
+    Raises:
+        InvalidInputError: a value out of range; names the field.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) > MAX_STOPS:
+                raise InvalidInputError(f"{name} must be a list of at most {MAX_STOPS}")
+            object.__setattr__(self, name, tuple(value))
+        self._number("temperature", 0.0, 1e4)
+        self._number("top_p", 0.0, 1.0, above=True)
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, 1e4, above=True)
+        self._integer("top_k", 0, 1 << 24)
+        self._integer("max_tokens", 1, MAX_TOKENS)
+        if self.seed is not None:
+            self._integer("seed", 0, (1 << 63) - 1)
+        if not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise InvalidInputError(f"stop: each string must have 1 to {MAX_STOP_LENGTH} characters")
+        if not all(type(t) is int and 0 <= t < 1 << 24 for t in self.stop_token_ids):
+            raise InvalidInputError("stop_token_ids: each must be a token id")
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidInputError("ignore_eos must be true or false")
+
+    @classmethod
+    def make(cls, **options: Any) -> SamplingParams:
+        """From keyword options; an unknown name is an `InvalidInputError` that lists the known ones."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise InvalidInputError(
+                f"unknown sampling option {unknown[0]!r}", hint=f"Known: {', '.join(sorted(known))}."
+            )
+        return cls(**options)
+
+    def _number(self, name: str, least: float, most: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or not least <= value <= most or (above and value == least):
+            bound = f"({least:g}, {most:g}]" if above else f"[{least:g}, {most:g}]"
+            raise InvalidInputError(f"{name} must be a number in {bound}, not {value!r}")
+        object.__setattr__(self, name, float(value))
+
+    def _integer(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value <= most:
+            raise InvalidInputError(f"{name} must be a whole number in [{least}, {most}], not {value!r}")
+
+
+@dataclass
+class SamplerState:
+    """What sampling keeps of one request: its generator, and its tokens if a penalty looks at them."""
+
+    params: SamplingParams
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __post_init__(self) -> None:
+        seed = self.params.seed
+        self.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
+
+    def uniform(self) -> float:
+        """The request's next number in [0, 1), with 53 bits."""
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
+
+def sample(
+    logits: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
+) -> list[int]:
+    """Choose one token per row.
+
+    Args:
+        logits: [rows, vocabulary], any floating dtype.
+        states: One per row.
+        histories: Prompt and generated tokens of each row; read only where there is a repetition penalty.
+
+    Returns:
+        Token ids; −1 for a row whose logits hold NaN or nothing finite.
+    """
+    scores = logits.float()
+    if any(s.params.repetition_penalty != 1.0 for s in states):
+        scores = scores.clone() if scores is logits else scores
+        _penalize(scores, states, histories)
+    tokens = scores.argmax(-1)
+    drawn = [i for i, s in enumerate(states) if s.params.temperature > 0]
+    if drawn:
+        rows = torch.tensor(drawn, device=scores.device)
+        kept = process(scores[rows], [states[i].params for i in drawn])
+        uniforms = torch.tensor([states[i].uniform() for i in drawn], dtype=torch.float64, device=scores.device)
+        tokens[rows] = _invert(kept, uniforms)
+    finite = torch.isfinite(scores.amax(-1))  # amax of a row with NaN is NaN
+    return torch.where(finite, tokens, -1).tolist()
+
+
+def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Temperature, top-k, top-p and min-p of each row; dropped tokens become −inf.
+
+    Args:
+        scores: Logits fp32 [rows, vocabulary], after the repetition penalty.
+        params: One per row, temperature above 0.
+    """
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=scores.dtype, device=scores.device).unsqueeze(1)
+
+    vocabulary = scores.shape[-1]
+    scores = scores / column([p.temperature for p in params])
+    top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocabulary]
+    if top_k:
+        counts = torch.tensor([params[i].top_k for i in top_k], device=scores.device).unsqueeze(1)
+        rows = scores[top_k]
+        best = rows.topk(int(counts.max()), dim=-1).values
+        scores[top_k] = rows.masked_fill(rows < best.gather(1, counts - 1), -math.inf)
+    top_p = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    if top_p:
+        rows = scores[top_p]
+        ascending, order = rows.sort(dim=-1, stable=True)
+        mass = ascending.softmax(-1).cumsum(-1)
+        drop = mass <= 1 - column([params[i].top_p for i in top_p])
+        drop[:, -1] = False
+        scores[top_p] = rows.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
+    if any(p.min_p > 0 for p in params):
+        probabilities = scores.softmax(-1)
+        floor = probabilities.amax(-1, keepdim=True) * column([p.min_p for p in params])
+        scores = scores.masked_fill(probabilities < floor, -math.inf)
+    return scores
+
+
+def _penalize(
+    scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
+) -> None:
+    for i, (state, history) in enumerate(zip(states, histories, strict=True)):
+        penalty = state.params.repetition_penalty
+        if penalty != 1.0 and history:
+            seen = torch.tensor(sorted(set(history)), device=scores.device)
+            row = scores[i, seen]
+            scores[i, seen] = torch.where(row < 0, row * penalty, row / penalty)
+
+
+def _invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token of each row where the cumulative probability passes the row's uniform number."""
+    cumulative = scores.double().softmax(-1).cumsum(-1)
+    target = (uniforms.unsqueeze(1) * cumulative[:, -1:]).contiguous()
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    last = scores.shape[-1] - 1 - (scores > -math.inf).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(index, last)
