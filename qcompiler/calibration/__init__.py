@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from qcompiler.calibration.blocks import Block, Linear, cut_blocks
 from qcompiler.calibration.runner import Calibration, CalibrationSettings, calibrate
-from qcompiler.calibration.task import BlockResult, BlockTask, CalibratedMethod, Moments
+from qcompiler.calibration.task import BlockQuantizer, BlockResult, BlockTask, Moments
 
 __all__ = [
     "Block",
+    "BlockQuantizer",
     "BlockResult",
     "BlockTask",
-    "CalibratedMethod",
     "Calibration",
     "CalibrationSettings",
     "Linear",

@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompiler.calibration.blocks import Block, Linear, cut_blocks, run_nodes
-from qcompiler.calibration.task import BlockResult, BlockTask, CalibratedMethod
+from qcompiler.calibration.task import BlockQuantizer, BlockResult, BlockTask
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.base import get_format
 from qcompiler.passes.weights import recipe_of, resolve
@@ -147,10 +147,11 @@ def calibrate(
     gm: GraphModule,
     load: Callable[[str], torch.Tensor],
     tokens: Sequence[int],
-    method: CalibratedMethod,
+    method: BlockQuantizer,
     choose: Choose,
     settings: CalibrationSettings | None = None,
     *,
+    options: Mapping[str, Any] | None = None,
     store: PartStore | None = None,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
@@ -165,6 +166,7 @@ def calibrate(
         method: The method.
         choose: (linear name, out_features, in_features) → its spec, or the reason why it is left alone.
         settings: How the text is run.
+        options: The method's options, validated.
         store: Keeps finished blocks; blocks that it already holds are not done again.
         progress: Told of each block.
         device: Where to compute.
@@ -175,7 +177,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     outcome = Calibration(_store=store or MemoryStore())
-    runner = _Runner(gm, load, settings, torch.device(device))
+    runner = _Runner(gm, load, settings, torch.device(device), options or {})
     runner.begin(settings.windows(tokens))
     with (progress or Progress()).stage(f"Calibrating {method.name}", len(runner.blocks)) as advance:
         for block in runner.blocks:
@@ -248,7 +250,9 @@ class _Runner:
         load: Callable[[str], torch.Tensor],
         settings: CalibrationSettings,
         device: torch.device,
+        options: Mapping[str, Any] | None = None,
     ):
+        self._options = options or {}
         self.device = device
         self.settings = settings
         self._gm = gm
@@ -312,6 +316,7 @@ class _Runner:
             self.device,
             self.settings.stream_dtype,
             self.settings.seed,
+            self._options,
             tell,
         )
 

@@ -1,6 +1,6 @@
 """What a calibrated method is given and gives: a block at a time, as weights, moments and a function.
 
-A method that needs calibration text implements `CalibratedMethod`; it sees no
+A method that needs calibration text implements `quantize_block`; it sees no
 graph. `Moments` are the second moments of a linear's input over the text:
 
     gram  = XᵀX / tokens          X: inputs as the quantized prefix gives them
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 
-from qcompiler.calibration.blocks import Block, Linear, run_nodes
+from qcompiler.calibration.blocks import Block, Linear
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -60,6 +60,7 @@ class BlockTask:
         windows: Number of calibration windows.
         device: Where the tensors are.
         seed: For every random choice.
+        options: The method's options.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class BlockTask:
         device: torch.device,
         stream_dtype: torch.dtype,
         seed: int,
+        options: Mapping[str, Any],
         tell: Callable[[str], None],
     ):
         self.name = block.name
@@ -83,6 +85,7 @@ class BlockTask:
         self.device = device
         self._stream_dtype = stream_dtype
         self.seed = seed
+        self.options = dict(options)
         self.tell = tell
         self._block = block
         self._inputs = inputs
@@ -181,18 +184,14 @@ class BlockTask:
         return lambda name: current[name] if name in current else self.weights[name]
 
 
-@runtime_checkable
-class CalibratedMethod(Protocol):
-    """A quantization method that needs calibration text."""
+class BlockQuantizer(Protocol):
+    """What the runner asks of a method; `qcompiler.methods.calibrated.CalibratedMethod` is one."""
 
-    name: str
+    name: Any
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
-        """Quantize `task.linears`; may tune what `task.tunable()` names.
-
-        Must depend on nothing but the task, so that an interrupted run can be resumed block by block.
-        """
+        """Quantize `task.linears`; must depend on nothing but the task."""
         ...
 
 
-__all__ = ["BlockResult", "BlockTask", "CalibratedMethod", "Moments", "Tensors", "run_nodes"]
+__all__ = ["BlockQuantizer", "BlockResult", "BlockTask", "Moments", "Tensors"]

@@ -24,6 +24,8 @@ ENTRY_POINT_GROUP = "qcompiler.methods"
 
 # name -> module and class; imported at first use, so that listing methods stays light.
 _BUILT_IN = {
+    "aqlm": ("qcompiler.methods.aqlm", "AQLM"),
+    "gptq": ("qcompiler.methods.gptq", "GPTQ"),
     "hqq": ("qcompiler.methods.hqq", "HQQ"),
     "rtn": ("qcompiler.methods.rtn", "RoundToNearest"),
 }

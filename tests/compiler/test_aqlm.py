@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompiler.calibration import CalibratedMethod, CalibrationSettings, Moments, calibrate
+from qcompiler.calibration import CalibrationSettings, Moments, calibrate
 from qcompiler.capture import ModelSource, capture
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import ADDITIVE, AdditiveSpec, AffineSpec
-from qcompiler.methods.aqlm import Aqlm, FinetuneSettings, LayerSettings
+from qcompiler.methods.aqlm import LayerSettings
 from qcompiler.methods.aqlm.codebooks import adam_codebooks, refit_scales, residual_kmeans, solve_codebooks
 from qcompiler.methods.aqlm.layer import corrected_weight, fit_layer
+from qcompiler.methods.aqlm.method import tuning_settings
 from qcompiler.methods.aqlm.search import Metric, choose_codes, descent_pass, feedback_pass, sum_codewords
+from qcompiler.methods.base import get_method
 
 TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
 
@@ -158,14 +160,14 @@ def test_tuning_lowers_the_error_of_blocks():
     source = ModelSource.from_pretrained(TINY)
     gm = capture(source, torch.float32).graph
     text = [(7 * i * i + 3 * i) % 2048 for i in range(600)]
-    layer_settings = LayerSettings(beam=2, rounds=1, kmeans_steps=4)
-    method = Aqlm(layer_settings, FinetuneSettings(epochs=2, batch=2, code_updates=1, code_rate=5e-2))
-    assert isinstance(method, CalibratedMethod)
+    options = {"beam": 2, "rounds": 1, "epochs": 5, "rate": 0.01, "code_updates": 1}
 
     def choose(name, out_features, in_features):
         return AdditiveSpec(2, 6) if name.startswith("model.layers.1.") else "kept"
 
-    outcome = calibrate(gm, source.checkpoint.tensor, text, method, choose, CalibrationSettings(64, 512))
+    settings = CalibrationSettings(64, 512)
+    load = source.checkpoint.tensor
+    outcome = calibrate(gm, load, text, get_method("aqlm"), choose, settings, options=options)
     figures = outcome.blocks["model.layers.1"]
     assert figures["error"] < figures["error_before"]
     assert figures["codes_changed"] > 0
@@ -179,11 +181,32 @@ def test_tuning_lowers_the_error_of_blocks():
     assert ADDITIVE.dequantize(AdditiveSpec(2, 6), stored, 768, torch.float32).isfinite().all()
 
 
-def test_wrong_choices_are_refused():
-    with pytest.raises(InvalidInputError, match="no default codebooks for 8 bits"):
-        Aqlm().default_spec(8)
-    assert Aqlm().default_spec(2) == AdditiveSpec(2, 8)
-    from qcompiler.methods.aqlm.method import _additive
+def test_schemes_follow_from_bits_and_options():
+    method = get_method("aqlm")
+    assert method.resolve_spec(2) == AdditiveSpec(2, 8)
+    assert method.resolve_spec(3) == AdditiveSpec(3, 8)
+    assert method.resolve_spec(2, 4) == AdditiveSpec(1, 8, 4)
+    assert method.resolve_spec(2, None, {"scheme": "1x16"}) == AdditiveSpec(1, 16)
+    for bits, group in ((8, 8), (1, 4), (2, 64)):
+        with pytest.raises(InvalidInputError):
+            method.resolve_spec(bits, group)
+    assert tuning_settings(method.validate({"epochs": 0})).epochs == 0
 
+
+def test_without_calibration_it_minimises_the_error_of_the_weight():
+    weight = layer()[0]
+    method, spec = get_method("aqlm"), AdditiveSpec(2, 4)
+    stored = method.quantize(weight, spec)
+    found = ADDITIVE.dequantize(spec, stored, 64, torch.float32)
+    assert (found - weight).norm() < 0.55 * weight.norm()
+    assert all(torch.equal(tensor, method.quantize(weight, spec)[part]) for part, tensor in stored.items())
+    # Codewords are stored at a root mean square of 1, whatever the size of the weight.
+    small = method.quantize(weight * 1e-6, spec)
+    assert float(small["codebooks"].float().square().mean()) == pytest.approx(1.0, rel=0.01)
+    with pytest.raises(InvalidInputError, match="finite"):
+        method.quantize(weight / 0, spec)
+
+
+def test_a_spec_of_another_format_is_refused():
     with pytest.raises(InvalidInputError, match="additive format"):
-        _additive(AffineSpec(2, 64), "layer")
+        get_method("aqlm").quantize(layer()[0], AffineSpec(2, 64))

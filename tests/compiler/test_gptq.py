@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompiler.calibration import CalibratedMethod, Moments
+from qcompiler.calibration import Moments
 from qcompiler.kernels.formats import AFFINE, AffineSpec
-from qcompiler.methods.gptq import Gptq
+from qcompiler.methods.base import get_method
+from qcompiler.methods.calibrated import CalibratedMethod
+from qcompiler.methods.gptq import feedback_codes, group_ranges
 
 
 def problem(n: int = 32, k: int = 96):
@@ -27,9 +29,8 @@ def dequantized(parts, spec, k):
 def test_outputs_come_nearer_than_by_rounding(bits, group_size):
     weight, x, moments = problem()
     spec = AffineSpec(bits, group_size)
-    method = Gptq()
-    found = dequantized(method.quantize(weight, moments, spec), spec, 96)
-    scales, zeros = method._ranges(weight, moments.gram.diagonal(), spec)
+    found = dequantized(feedback_codes(weight, moments, spec), spec, 96)
+    scales, zeros = group_ranges(weight, moments.gram.diagonal(), spec)
     group = torch.arange(96) // (group_size or 96)
     codes = (weight / scales[:, group] + zeros[:, group]).round().clamp(0, 2**bits - 1).to(torch.uint8)
     rounded = dequantized((codes, scales, zeros), spec, 96)
@@ -42,7 +43,7 @@ def test_uncorrelated_inputs_leave_plain_rounding():
     weight, _, _ = problem()
     spec = AffineSpec(3, 64)
     moments = Moments(torch.diag(torch.linspace(1, 3, 96)), None, 400)
-    codes, scales, zeros = Gptq().quantize(weight, moments, spec)
+    codes, scales, zeros = feedback_codes(weight, moments, spec)
     group = torch.arange(96) // 64
     plain = (weight / scales[:, group] + zeros[:, group]).round().clamp(0, 7).to(torch.uint8)
     # A value halfway between two codes may round either way.
@@ -52,12 +53,15 @@ def test_uncorrelated_inputs_leave_plain_rounding():
 def test_inputs_that_are_always_zero_do_no_harm():
     weight, x, _ = problem()
     x[:, 5] = 0
-    codes, scales, zeros = Gptq().quantize(weight, Moments(x.T @ x / 400, None, 400), AffineSpec(4, 64))
+    codes, scales, zeros = feedback_codes(weight, Moments(x.T @ x / 400, None, 400), AffineSpec(4, 64))
     assert torch.isfinite(scales).all()
     assert torch.isfinite(zeros).all()
     assert codes.shape == (32, 96)
 
 
-def test_it_is_a_calibrated_method():
-    assert isinstance(Gptq(), CalibratedMethod)
-    assert Gptq().default_spec(4) == AffineSpec(4, 64)
+def test_without_calibration_it_is_the_search_of_hqq():
+    weight, _, _ = problem()
+    method, spec = get_method("gptq"), AffineSpec(3, 64)
+    assert isinstance(method, CalibratedMethod)
+    found, wanted = (m.quantize(weight, spec) for m in (method, get_method("hqq")))
+    assert all(torch.equal(found[part], tensor) for part, tensor in wanted.items())

@@ -39,7 +39,7 @@ class FinetuneSettings:
     rate: float = 1e-2
     code_updates: int = 0
     code_share: float = 0.05
-    code_rate: float = 1e-2
+    code_rate: float = 3e-2
     beam: int = 4
 
 

@@ -24,7 +24,6 @@ class LayerSettings:
         min_gain: Stop when a round gains less than this share of the error.
         solver: "cg" or "adam" for the codebooks.
         damping: Share of the Gram matrix's mean diagonal that is added to its diagonal.
-        relative: Count tokens by the inverse squared size of the stream.
     """
 
     beam: int = 8
@@ -34,7 +33,6 @@ class LayerSettings:
     min_gain: float = 0.01
     solver: str = "cg"
     damping: float = 0.01
-    relative: bool = False
 
 
 @dataclass
