@@ -12,6 +12,7 @@ from qcompiler.passes.addmm_to_linear import AddmmToLinear
 from qcompiler.passes.base import Pass, PassResult, Skip
 from qcompiler.passes.cleanup import InlineSubgraphs, RemoveAsserts, RemoveNoOps
 from qcompiler.passes.common_subexpressions import MergeCommonSubexpressions
+from qcompiler.passes.functionalize import Functionalize
 from qcompiler.passes.fuse_add_norm import FuseAddNorm
 from qcompiler.passes.fuse_gated_activation import FuseGatedActivation
 from qcompiler.passes.fuse_layer_norm import FuseLayerNorm
@@ -23,11 +24,22 @@ from qcompiler.passes.graph_text import graph_text
 from qcompiler.passes.insert_paged_kv_cache import InsertPagedKVCache, InsertRagged
 from qcompiler.passes.manager import PassManager
 from qcompiler.passes.quantize_linears import QuantizedLinear, QuantizeLinears, QuantizeResult
-from qcompiler.passes.weights import Concat, Loaded, Quantized, Recipe, Zeros, resolve, sources, weight_recipes
+from qcompiler.passes.select_kernels import SelectKernels
+from qcompiler.passes.weights import (
+    Concat,
+    Loaded,
+    Quantized,
+    Recipe,
+    Zeros,
+    resolve,
+    sources,
+    weight_recipes,
+)
 
 __all__ = [
     "AddmmToLinear",
     "Concat",
+    "Functionalize",
     "FuseAddNorm",
     "FuseGatedActivation",
     "FuseLayerNorm",
@@ -43,13 +55,14 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
-    "Quantized",
     "QuantizeLinears",
     "QuantizeResult",
+    "Quantized",
     "QuantizedLinear",
     "Recipe",
     "RemoveAsserts",
     "RemoveNoOps",
+    "SelectKernels",
     "Skip",
     "Zeros",
     "canonical_passes",
@@ -66,6 +79,7 @@ def canonical_passes() -> list[Pass]:
     return [
         InlineSubgraphs(),
         RemoveAsserts(),
+        Functionalize(),
         RemoveNoOps(),
         MergeCommonSubexpressions(),
         AddmmToLinear(),

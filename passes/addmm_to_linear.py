@@ -7,13 +7,14 @@ views that Conv1D puts around its product go away.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -65,30 +66,28 @@ class _Product(NamedTuple):
 
 
 def _read(node: Node) -> _Product | str | None:
-    """x @ W (+ bias) at `node`; a reason if it is a product with a parameter that linear cannot express."""
-    bias = None
+    """The product x @ W (+ bias) at `node`; a reason if W is a parameter but linear cannot express it."""
     if calls(node, aten.addmm.default):
         bias, x, weight = node.args[:3]
-        if not is_tensor(weight) or _parameter(weight) is None:
-            return None
+    elif calls(node, aten.mm.default, aten.matmul.default):
+        (x, weight), bias = node.args[:2], None
+    elif calls(node, aten.linear.default) and not is_parameter(node.args[1]):
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+    else:
+        return None
+    held = _parameter(weight) if is_tensor(weight) else None
+    if held is None:
+        return None
+    parameter, turned = held
+    if rank_of(weight) != 2:
+        return f"the weight has {rank_of(weight)} dimensions"
+    if calls(node, aten.linear.default):
+        return _Product(x, parameter, True, bias)
+    if calls(node, aten.addmm.default):
         if argument(node, 3, "beta", 1) != 1 or argument(node, 4, "alpha", 1) != 1:
             return "alpha or beta is not 1"
         if rank_of(bias) != 1 or not same_size(shape_of(bias)[0], shape_of(weight)[-1]):
             return f"the added tensor has shape {list(shape_of(bias))}, not one entry per output"
-    elif calls(node, aten.mm.default, aten.matmul.default):
-        x, weight = node.args[:2]
-        if not is_tensor(weight) or _parameter(weight) is None:
-            return None
-        if rank_of(weight) != 2:
-            return f"the weight has {rank_of(weight)} dimensions"
-    elif calls(node, aten.linear.default):
-        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        if not is_tensor(weight) or is_parameter(weight) or _parameter(weight) is None or rank_of(weight) != 2:
-            return None
-        return _Product(x, _parameter(weight)[0], True, bias)  # type: ignore[index]
-    else:
-        return None
-    parameter, turned = _parameter(weight)  # type: ignore[misc]
     return _Product(x, parameter, not turned, bias)
 
 
@@ -110,7 +109,7 @@ def _rewrite(gm: GraphModule, node: Node, product: _Product) -> str | None:
     x, end = product.x, node
     if rank_of(x) < 2:
         return "the input is a single vector"
-    if not dtype_of(x) == dtype_of(product.parameter):
+    if dtype_of(x) != dtype_of(product.parameter):
         return f"input is {dtype_of(x)}, weight {dtype_of(product.parameter)}"
     outer = _around(node, x)
     if outer is not None:
@@ -124,7 +123,7 @@ def _rewrite(gm: GraphModule, node: Node, product: _Product) -> str | None:
 
 
 def _around(node: Node, x: Node) -> tuple[Node, Node] | None:
-    """Input and output of the pair of views that flatten the tokens before a product and restore them after."""
+    """Input and output of the views that flatten the tokens before a product and restore them after."""
     user = next(iter(node.users), None)
     if len(node.users) != 1 or user is None or not calls(user, *_VIEWS) or not calls(x, *_VIEWS):
         return None
@@ -151,12 +150,12 @@ def _transposed(gm: GraphModule, parameter: Node) -> Node:
     return insert_attribute(gm, name)
 
 
-def is_linear(node: object) -> bool:
+def is_linear(node: Any) -> bool:
     """True for `aten.linear` over a matrix parameter."""
-    return calls(node, aten.linear.default) and is_parameter(node.args[1])  # type: ignore[attr-defined]
+    return calls(node, aten.linear.default) and is_parameter(node.args[1])
 
 
 def linear_bias(node: Node) -> Node | None:
     """Bias of an `aten.linear`, if any."""
     bias = argument(node, 2, "bias")
-    return bias if isinstance(bias, torch.fx.Node) else None
+    return bias if isinstance(bias, fx.Node) else None

@@ -81,9 +81,9 @@ class Pass(ABC):
         result.nodes_before = len(gm.graph.nodes)
         self.apply(gm, result)
         if result.matched:
-            gm.graph.eliminate_dead_code()
-            drop_unused_attributes(gm)
             try:
+                gm.graph.eliminate_dead_code()
+                drop_unused_attributes(gm)
                 gm.graph.lint()
             except (RuntimeError, AssertionError) as error:
                 raise PassError(f"{self.name}: the rewritten graph does not lint: {error}") from error

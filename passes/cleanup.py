@@ -1,14 +1,16 @@
-"""Removes what computes nothing: assertions of the export, mode wrappers, casts and copies that change nothing."""
+"""Removes what computes nothing: assertions of the export, mode wrappers, idle casts and copies."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -76,8 +78,8 @@ def _inline(gm: GraphModule, node: Node, body: GraphModule, inputs: tuple[Any, .
             if inner.op == "get_attr":
                 copy.target = f"{node.args[1].target}.{inner.target}"
             mapping[inner] = copy
-    (returned,) = body.graph.output_node().args
-    if isinstance(returned, Node):
+    returned: Any = body.graph.output_node().args[0]
+    if isinstance(returned, fx.Node):
         node.replace_all_uses_with(mapping[returned])
     else:
         for user in list(node.users):
@@ -87,7 +89,7 @@ def _inline(gm: GraphModule, node: Node, body: GraphModule, inputs: tuple[Any, .
 
 
 class RemoveAsserts(Pass):
-    """Removes the checks that torch.export writes into a graph: metadata assertions, range constraints, guards.
+    """Removes the checks that torch.export writes into a graph: assertions on metadata, ranges, guards.
 
     The artifact's own input checks take their place; here they only hide the ops from the matchers.
     """
@@ -124,17 +126,22 @@ class RemoveNoOps(Pass):
             if source is None:
                 result.matched += _drop_empty_parts(node)
                 continue
-            if source is not node.args[0] or calls(node, *_COPIES):
-                # A copy separates its reader from later writes; without writes it does nothing.
-                if is_mutated(node) or is_mutated(source):
-                    result.skip(node, "it copies a tensor that is written to in place")
-                    continue
+            # A copy separates its reader from later writes; without writes it does nothing.
+            if calls(node, *_COPIES) and (is_mutated(node) or is_mutated(source)):
+                result.skip(node, "it copies a tensor that is written to in place")
+                continue
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)  # dead code elimination keeps random ops such as dropout
             result.matched += 1
 
 
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.mul.Tensor, aten.cat.default, aten._to_copy.default)
+_COPIES = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.mul.Tensor,
+    aten.cat.default,
+    aten._to_copy.default,
+)
 
 
 def _unchanged(node: Node) -> Node | None:
@@ -145,7 +152,9 @@ def _unchanged(node: Node) -> Node | None:
         return parts[0] if len(parts) == 1 else None
     if not is_tensor(source) or dtype_of(source) != dtype_of(node):
         return None
-    if calls(node, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default):
+    if calls(
+        node, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default
+    ):
         return source
     if calls(node, aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
         return source if not argument(node, 2, "train") or argument(node, 1, "p") == 0 else None
@@ -154,7 +163,11 @@ def _unchanged(node: Node) -> Node | None:
     if calls(node, aten.clone.default, aten.contiguous.default):
         return source if _same_strides(node, source) else None
     if calls(node, aten.slice.Tensor):
-        dim, start, step = argument(node, 1, "dim", 0), argument(node, 2, "start"), argument(node, 4, "step", 1)
+        dim, start, step = (
+            argument(node, 1, "dim", 0),
+            argument(node, 2, "start"),
+            argument(node, 4, "step", 1),
+        )
         whole = start in (None, 0) and step == 1 and same_size(shape_of(node)[dim], shape_of(source)[dim])
         return source if whole else None
     if calls(node, *_RESHAPES):
@@ -165,7 +178,8 @@ def _unchanged(node: Node) -> Node | None:
 
 
 _CASTS = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other,
+    aten._to_copy.default, aten.type_as.default,
 )  # fmt: skip
 _RESHAPES = (aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 from qcompiler.passes.base import Pass, PassResult
-from qcompiler.passes.graph_utils import is_mutated, is_tensor
+from qcompiler.passes.graph_utils import Node, is_mutated, is_tensor
 
 
 class MergeCommonSubexpressions(Pass):
@@ -41,4 +42,4 @@ def _key(item: Any) -> Any:
         return (type(item).__name__, *map(_key, item))
     if isinstance(item, (int, float, bool)):
         return (type(item).__name__, item)  # 1, 1.0 and True are equal but not the same argument
-    return item if isinstance(item, Node) else (type(item).__name__, str(item))
+    return item if isinstance(item, fx.Node) else (type(item).__name__, str(item))

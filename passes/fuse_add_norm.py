@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -51,10 +53,13 @@ def _rewrite(gm: GraphModule, norm: Node, total: Node) -> str | None:
         return "the terms of the addition have different shapes"
     if not dtype_of(a) == dtype_of(b) == dtype_of(total):
         return "the terms of the addition have different dtypes"
-    if any(precedes(user, norm) for user in total.users):
-        return "the sum is read before its norm"
     _, weight, eps, offset, cast_first = norm.args
-    with gm.graph.inserting_before(norm):
+    first = min(total.users)  # the norm, unless someone reads the sum before it
+    if first is not norm and isinstance(weight, fx.Node) and precedes(first, weight):
+        if weight.op != "get_attr":
+            return "the sum is read before the norm's weight is computed"
+        first.prepend(weight)
+    with gm.graph.inserting_before(first):
         # The branch's output comes second in `residual + branch`; the sum is the same either way.
         pair = insert_call(
             gm.graph,

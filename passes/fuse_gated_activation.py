@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -49,11 +52,12 @@ def _rewrite(gm: GraphModule, activation: Node, product: Node) -> str | None:
         return "gate and up have different shapes"
     if not dtype_of(gate) == dtype_of(up) == dtype_of(product):
         return f"gate is {dtype_of(gate)} and up is {dtype_of(up)}"
+    args: tuple[Any, ...] = (gate, up)
     with gm.graph.inserting_before(product):
-        if calls(activation, aten.silu.default):
-            op, args = torch.ops.qcompiler.silu_mul.default, (gate, up)
-        else:
-            op, args = torch.ops.qcompiler.gelu_mul.default, (gate, up, argument(activation, 1, "approximate", "none"))
+        op = torch.ops.qcompiler.silu_mul.default
+        if calls(activation, aten.gelu.default):
+            op = torch.ops.qcompiler.gelu_mul.default
+            args = (gate, up, argument(activation, 1, "approximate", "none"))
         fused = insert_call(gm.graph, op, args, like=product)
     replace(product, fused)
     return None

@@ -8,11 +8,12 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
-from qcompiler.passes.graph_utils import argument, aten, calls, dtype_of, insert_call, rank_of, replace
+from qcompiler.passes.graph_utils import Node, argument, aten, calls, dtype_of, insert_call, rank_of, replace
 from qcompiler.passes.norm_patterns import (
     InverseRoot,
     Tail,
@@ -52,7 +53,11 @@ def _variance_of(node: Node) -> Node | None:
     if calls(node, aten.var.correction):
         x, dims = node.args[0], argument(node, 1, "dim")
         last = dims is not None and [d % rank_of(x) for d in dims] == [rank_of(x) - 1]
-        return x if last and argument(node, 2, "correction") == 0 and argument(node, 3, "keepdim", False) else None
+        return (
+            x
+            if last and argument(node, 2, "correction") == 0 and argument(node, 3, "keepdim", False)
+            else None
+        )
     averaged = mean_of(node)
     if averaged is None or averaged[1] is not None:
         return None
@@ -65,8 +70,12 @@ def _centred(node: Node) -> Node | None:
     if not calls(node, aten.sub.Tensor) or argument(node, 2, "alpha", 1) != 1:
         return None
     x, mean = node.args[0], node.args[1]
-    averaged = mean_of(mean) if isinstance(mean, Node) else None
-    if averaged is None or averaged[1] is not None or without_widening(averaged[0]) is not without_widening(x):
+    averaged = mean_of(mean) if isinstance(mean, fx.Node) else None
+    if (
+        averaged is None
+        or averaged[1] is not None
+        or without_widening(averaged[0]) is not without_widening(x)
+    ):
         return None
     return x
 
@@ -99,7 +108,8 @@ def _rewrite(gm: GraphModule, root: InverseRoot, x: Node) -> str | None:
 
 
 def _from_torch(node: Node, result: PassResult) -> None:
-    x, shape, weight, bias, eps = (*node.args[:2], *(argument(node, i, n) for i, n in _LAYER_NORM_ARGS))
+    x, shape = node.args[0], node.args[1]
+    weight, bias, eps = (argument(node, i, name) for i, name in _LAYER_NORM_ARGS)
     if not normalises_last_dim(x, shape):
         result.skip(node, f"it normalises over {list(shape)}, not the last dimension")
         return

@@ -9,11 +9,11 @@ over which dimension's channels (hidden or head) it runs.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
-from qcompiler.passes.graph_utils import argument, aten, calls, dtype_of, insert_call, replace, value
+from qcompiler.passes.graph_utils import Node, argument, aten, calls, dtype_of, insert_call, replace, value
 from qcompiler.passes.norm_patterns import (
     InverseRoot,
     find_inverse_roots,
@@ -68,7 +68,13 @@ def _rewrite(gm: GraphModule, root: InverseRoot, x: Node) -> str | None:
         fused = insert_call(
             gm.graph,
             torch.ops.qcompiler.rms_norm.default,
-            (source, tail.weight, root.eps, tail.offset, tail.cast_first or dtype_of(end) == dtype_of(root.scaled)),
+            (
+                source,
+                tail.weight,
+                root.eps,
+                tail.offset,
+                tail.cast_first or dtype_of(end) == dtype_of(root.scaled),
+            ),
             like=root.scaled,
         )
     replace(end, fused)

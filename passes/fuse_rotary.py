@@ -8,11 +8,12 @@ sin is computed once.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -50,7 +51,7 @@ class FuseRotary(Pass):
 
 def _rewrite(gm: GraphModule, rotation: Rotation, tables: _Tables) -> str | None:
     graph, end = gm.graph, rotation.end
-    sample = rotation.x if rotation.x is not None else rotation.parts[0]  # type: ignore[index]
+    sample = rotation.parts[0] if rotation.parts else rotation.x
     if rank_of(sample) != 4:
         return f"the rotated tensor has {rank_of(sample)} dimensions, not batch, heads, tokens, channels"
     if rank_of(rotation.cos) != rank_of(rotation.sin):
@@ -63,9 +64,9 @@ def _rewrite(gm: GraphModule, rotation: Rotation, tables: _Tables) -> str | None
         return "cos and sin do not broadcast over one axis of heads"
 
     x = rotation.x
-    if x is None:
+    if rotation.parts:
         with graph.inserting_before(end):
-            x = insert_call(graph, aten.cat.default, (list(rotation.parts), -1), like=end)  # type: ignore[arg-type]
+            x = insert_call(graph, aten.cat.default, (list(rotation.parts), -1), like=end)
     computed, narrow, cast = dtype_of(end), without_widening(x), only_cast(end)
     if computed != dtype_of(narrow) and cast is not None and dtype_of(cast) == dtype_of(narrow):
         x, end = narrow, cast
@@ -122,7 +123,7 @@ class _Tables:
         self.made: dict[tuple[object, ...], Node] = {}
 
     def get(self, table: Node, rotation: Rotation, computed: torch.dtype, x_dtype: torch.dtype) -> Node:
-        """The table with one column per channel, [B, T, R] or [B, 1, T, R], in a dtype that computes alike."""
+        """The table with a column per channel, [B, T, R] or [B, 1, T, R], in a dtype that computes alike."""
         if _head_axis(table) == 2:
             table = self._derive(table, aten.transpose.int, 1, 2)
         elif rank_of(table) == 2:
@@ -149,5 +150,7 @@ class _Tables:
         key = (source, aten.cat.default)
         if key not in self.made:
             with self.graph.inserting_after(source):
-                self.made[key] = insert_call(self.graph, aten.cat.default, ([source, source], -1), like=source)
+                self.made[key] = insert_call(
+                    self.graph, aten.cat.default, ([source, source], -1), like=source
+                )
         return self.made[key]

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-import qcompiler.kernels.formats.affine  # noqa: F401  registers the format
+import qcompiler.kernels.formats.affine
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.kernels.formats.base import get_format
 from qcompiler.passes.addmm_to_linear import is_linear, linear_bias
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     aten,
     calls,
     dtype_of,
@@ -62,13 +63,15 @@ class FuseSiblingLinears(Pass):
             if len(members) > 1:
                 changed += _merge(gm, members)
                 result.matched += 1
-            elif len(siblings) > 1 and all(s.kind != members[0].kind for s in siblings if s is not members[0]):
+            elif len(siblings) > 1 and all(
+                s.kind != members[0].kind for s in siblings if s is not members[0]
+            ):
                 result.skip(members[0].node, "its siblings have another format, group size or dtype")
         refresh_values(gm.graph, changed)
 
 
 class _Member(NamedTuple):
-    """A linear: `kind` must be equal for two to be merged; `tensors` are its weight's stored parts by name."""
+    """A linear; two of equal `kind` can be merged. `tensors` are its weight's stored parts by name."""
 
     node: Node
     x: Node
@@ -81,19 +84,21 @@ class _Member(NamedTuple):
 
 def _read(gm: GraphModule, node: Node) -> _Member | None:
     if is_linear(node):
-        weight: Node = node.args[1]  # type: ignore[assignment]
-        kind = ("float", dtype_of(weight))
+        weight: Node = node.args[1]
+        kind: tuple[Any, ...] = ("float", dtype_of(weight))
         name = layer_name(str(weight.target))
-        return _Member(node, node.args[0], kind, name, {"weight": weight}, linear_bias(node), shape_of(weight)[0])  # type: ignore[arg-type]
+        return _Member(
+            node, node.args[0], kind, name, {"weight": weight}, linear_bias(node), shape_of(weight)[0]
+        )
     if calls(node, torch.ops.qcompiler.linear_affine.default):
         x, low, high, scales, zeros, bias, bits, group_size, in_features = node.args
         tensors = {"low": low, "high": high, "scales": scales, "zeros": zeros}
         tensors = {part: item for part, item in tensors.items() if item is not None}
         if not all(is_parameter(item) for item in tensors.values()):
             return None
-        kind = ("affine", bits, group_size, dtype_of(scales), in_features)  # type: ignore[arg-type]
-        name = str(low.target).removesuffix(".low")  # type: ignore[union-attr]
-        return _Member(node, x, kind, name, tensors, bias, shape_of(low)[0])  # type: ignore[arg-type]
+        kind = ("affine", bits, group_size, dtype_of(scales), in_features)
+        name = str(low.target).removesuffix(".low")
+        return _Member(node, x, kind, name, tensors, bias, shape_of(low)[0])
     return None
 
 
@@ -124,7 +129,9 @@ def _merge(gm: GraphModule, members: Sequence[_Member]) -> list[Node]:
         slices, start = [], 0
         for member in members:
             end = start + member.out_features
-            part = insert_call(graph, aten.slice.Tensor, (merged, rank_of(merged) - 1, start, end), like=member.node)
+            part = insert_call(
+                graph, aten.slice.Tensor, (merged, rank_of(merged) - 1, start, end), like=member.node
+            )
             slices.append(part)
             start = end
     for member, part in zip(members, slices, strict=True):
@@ -133,7 +140,7 @@ def _merge(gm: GraphModule, members: Sequence[_Member]) -> list[Node]:
 
 
 def merged_name(names: Sequence[str]) -> str:
-    """Name of a merged layer: the common parent, and the members' own names joined: `….self_attn.q_proj+k_proj+v_proj`."""
+    """Name of a merged layer: common parent and joined own names: `….mlp.gate_proj_and_up_proj`."""
     split = [name.split(".") for name in names]
     depth = 0
     while all(len(parts) > depth + 1 and parts[depth] == split[0][depth] for parts in split):

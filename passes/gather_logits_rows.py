@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_inputs import InputBuilder
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -42,14 +43,15 @@ class GatherLogitsRows(Pass):
 
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and is_tensor(n)]
         outputs = output_node_values(gm.graph)
+        values = [value(node) for node in outputs]
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder" and is_tensor(n)]
         if any(node.target == "logits_rows" for node in inputs):
             return
-        if len(outputs) != 1 or not inputs or not is_tensor(outputs[0]):
+        if len(values) != 1 or not inputs or not isinstance(values[0], torch.Tensor):
             result.skip("output", f"the graph has {len(outputs)} outputs, expected the logits alone")
             return
-        tokens = shape_of(inputs[0])[-1]
+        tokens = shape_of(inputs[0])[1 if rank_of(inputs[0]) > 1 else 0]
         if not _has_rows(outputs[0], tokens):
             result.skip(outputs[0], f"its shape {list(shape_of(outputs[0]))} is not [1, tokens, …]")
             return
@@ -74,7 +76,7 @@ def _gather(gm: GraphModule, output: Node, tail: set[Node], tokens: Any) -> None
                     readers.setdefault(source, []).append(node)
     selected = []
     for source, users in readers.items():
-        with graph.inserting_after(source):
+        with graph.inserting_before(min(users)):
             narrow = insert_call(graph, aten.index_select.default, (source, 1, rows), like=source)
         for user in users:
             user.replace_input_with(source, narrow)
@@ -91,7 +93,7 @@ def _is_rows(shape: Any, tokens: Any) -> bool:
 
 
 def _row_wise_tail(gm: GraphModule, output: Node, tokens: Any) -> set[Node]:
-    """The nodes that only the output needs and that work row by row, as far up as a linear or norm is saved."""
+    """Nodes that only the output needs and that work row by row, as far up as a linear or norm is saved."""
     tail: set[Node] = set()
     for node in reversed(list(gm.graph.nodes)):
         needed = all(user in tail or user.op == "output" for user in node.users) and node.users
@@ -137,7 +139,7 @@ def _on_last(position: int, name: str, default: int) -> Callable[[Node], bool]:
 
     def check(node: Node) -> bool:
         dims = argument(node, position, name, default)
-        rank = rank_of(node.args[0]) if is_tensor(node.args[0]) else rank_of(node.args[0][0])  # type: ignore[index, arg-type]
+        rank = rank_of(node.args[0]) if is_tensor(node.args[0]) else rank_of(node.args[0][0])
         dims = dims if isinstance(dims, (list, tuple)) else [dims]
         return [d % rank for d in dims] == [rank - 1]
 
@@ -152,10 +154,11 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
     **dict.fromkeys(
         (
             aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default,
-            aten.pow.Tensor_Scalar, aten.square.default, aten.rsqrt.default, aten.sqrt.default, aten.tanh.default,
-            aten.sigmoid.default, aten.relu.default, aten.silu.default, aten.gelu.default, aten.clamp.default,
-            aten.to.dtype, aten._to_copy.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
-            aten.linear.default, _ops.linear_affine.default, _ops.rms_norm.default, _ops.add_rms_norm.default,
+            aten.pow.Tensor_Scalar, aten.square.default, aten.rsqrt.default, aten.sqrt.default,
+            aten.tanh.default, aten.sigmoid.default, aten.relu.default, aten.silu.default,
+            aten.gelu.default, aten.clamp.default, aten.to.dtype, aten._to_copy.default,
+            aten.alias.default, aten.clone.default, aten.contiguous.default, aten.linear.default,
+            _ops.linear_affine.default, _ops.rms_norm.default, _ops.add_rms_norm.default,
             _ops.layer_norm.default, _ops.silu_mul.default, _ops.gelu_mul.default, operator.getitem,
         ),
         _always,
@@ -167,8 +170,7 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
     aten.cat.default: _on_last(1, "dim", 0),
     aten.mean.dim: _kept_last,
     aten.softmax.int: _on_last(1, "dim", -1),
-    # In fp32 and on the last dimension only, like the norms that FuseLayerNorm has not seen.
-    aten.layer_norm.default: lambda node: len(node.args[1]) == 1,  # type: ignore[arg-type]
+    aten.layer_norm.default: lambda node: len(node.args[1]) == 1,
 }  # fmt: skip
 
 _HEAVY = (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from qcompiler.kernels.errors import PassError
-from qcompiler.passes.graph_utils import fake_mode, graph_device, plain_signature
+from qcompiler.passes.graph_utils import Node, fake_mode, graph_device, plain_signature
 
 Size = int | torch.SymInt
 
@@ -65,7 +65,11 @@ class InputBuilder:
         earlier = [node for node in existing if _rank(str(node.target)) <= _rank(name)]
         anchor = earlier[-1] if earlier else None
         graph = self.gm.graph
-        place = graph.inserting_after(anchor) if anchor is not None else graph.inserting_before(next(iter(graph.nodes)))
+        place = (
+            graph.inserting_after(anchor)
+            if anchor is not None
+            else graph.inserting_before(next(iter(graph.nodes)))
+        )
         with place:
             node = graph.placeholder(name)
         node.meta["val"] = value

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch import fx
+from torch.fx import GraphModule
 
-from qcompiler.passes.graph_utils import module_path
+from qcompiler.passes.graph_utils import Node, module_path
 
 if TYPE_CHECKING:
     from qcompiler.passes.base import PassResult
@@ -54,7 +55,7 @@ def _target(target: Any) -> str:
 
 
 def _argument(value: Any) -> str:
-    if isinstance(value, Node):
+    if isinstance(value, fx.Node):
         return f"%{value.name}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_argument, value)) + "]"

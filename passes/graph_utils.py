@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompiler.kernels.errors import PassError
 
 aten = torch.ops.aten
+
+if TYPE_CHECKING:
+    # fx types an argument of a node as a union of everything; matchers know it by the op's schema.
+    Node = Any
+else:
+    from torch.fx import Node
 
 _RECIPES = "weight_recipes"
 
@@ -37,7 +44,7 @@ def value(node: Node) -> Any:
 
 def is_tensor(node: Any) -> bool:
     """True if `node` is a node whose value is one tensor."""
-    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def dtype_of(node: Node) -> torch.dtype:
@@ -102,7 +109,7 @@ def _tensors(item: Any) -> Iterator[torch.Tensor]:
 
 def calls(node: Any, *targets: Callable[..., Any]) -> bool:
     """True if `node` calls one of `targets`."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -219,7 +226,7 @@ def is_mutated(node: Node) -> bool:
         if item in seen:
             continue
         seen.add(item)
-        todo += [source for source in aliased_inputs(item)]
+        todo += aliased_inputs(item)
         for user in item.users:
             schema = getattr(user.target, "_schema", None)
             if schema is not None and schema.is_mutable and item in written_inputs(user):
@@ -237,9 +244,11 @@ def written_inputs(node: Node) -> list[Node]:
 def aliased_inputs(node: Node) -> list[Node]:
     """Inputs whose storage the result of `node` may share."""
     if calls(node, operator.getitem):
-        return [node.args[0]] if isinstance(node.args[0], Node) else []
+        parent, index = node.args
+        twins = [user for user in parent.users if calls(user, operator.getitem) and user.args[1] == index]
+        return [parent] if aliased_inputs(parent) or len(twins) > 1 else []
     if calls(node, *_MAYBE_ALIAS):
-        return [node.args[0]] if isinstance(node.args[0], Node) else []
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
     return [arg for arg, info in _schema_inputs(node) if info is not None]
 
 
@@ -257,7 +266,7 @@ def _schema_inputs(node: Node) -> Iterator[tuple[Node, Any]]:
     for position, spec in enumerate(schema.arguments):
         item = argument(node, position, spec.name)
         for arg in item if isinstance(item, (list, tuple)) else (item,):
-            if isinstance(arg, Node):
+            if isinstance(arg, fx.Node):
                 yield arg, spec.alias_info
 
 
@@ -266,7 +275,7 @@ def _schema_inputs(node: Node) -> Iterator[tuple[Node, Any]]:
 
 def is_parameter(node: Any) -> bool:
     """True if `node` reads a tensor held by the graph module."""
-    return isinstance(node, Node) and node.op == "get_attr" and is_tensor(node)
+    return isinstance(node, fx.Node) and node.op == "get_attr" and is_tensor(node)
 
 
 def get_attribute(gm: GraphModule, fqn: str) -> Any:
@@ -309,7 +318,9 @@ def insert_attribute(gm: GraphModule, fqn: str) -> Node:
     tensor = get_attribute(gm, fqn)
     mode, device = fake_mode(graph), graph_device(graph)
     if mode is None:
-        node.meta["val"] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        node.meta["val"] = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+        )
     else:
         with mode:
             node.meta["val"] = torch.empty_strided(
@@ -417,10 +428,14 @@ def single_reader(node: Node, *inner: Node) -> bool:
 def plain_signature(gm: GraphModule) -> None:
     """Make the graph's placeholders its positional arguments and its output what it returns.
 
-    torch.export's modules flatten their inputs by a recorded tree, which inputs added by a pass
-    would not fit. A single output stays a single tensor.
+    torch.export's modules flatten their inputs by a recorded tree and check them in a hook, which
+    inputs added by a pass would not fit. A single output stays a single tensor.
     """
     graph = gm.graph
+    for key, hook in list(gm._forward_pre_hooks.items()):
+        if getattr(hook, "__name__", "") == "_check_input_constraints_pre_hook":
+            del gm._forward_pre_hooks[key]
+            gm._forward_pre_hooks_with_kwargs.pop(key, None)
     info = getattr(graph._codegen, "pytree_info", None)
     if info is None:
         return
@@ -434,5 +449,5 @@ def plain_signature(gm: GraphModule) -> None:
 
 def output_node_values(graph: Graph) -> list[Node]:
     """The nodes that the graph returns, flattened."""
-    (results,) = graph.output_node().args
-    return [results] if isinstance(results, Node) else [r for r in results if isinstance(r, Node)]
+    results: Any = graph.output_node().args[0]
+    return [results] if isinstance(results, fx.Node) else [r for r in results if isinstance(r, fx.Node)]

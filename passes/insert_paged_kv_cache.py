@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_inputs import InputBuilder
 from qcompiler.passes.graph_utils import (
+    Node,
     aten,
     calls,
     dtype_of,
@@ -53,10 +54,12 @@ class InsertPagedKVCache(Pass):
         if not layers:
             return
         builder = InputBuilder(gm)
-        tokens = shape_of(layers[0].args[0])[2]  # type: ignore[arg-type]
+        tokens = shape_of(layers[0].args[0])[2]
         sequences = builder.size("sequences", 5)
         slots = builder.tensor("slots", (tokens,), torch.int64)
-        block_table = builder.tensor("block_table", (sequences, builder.size("pages_per_sequence", 6)), torch.int32)
+        block_table = builder.tensor(
+            "block_table", (sequences, builder.size("pages_per_sequence", 6)), torch.int32
+        )
         query_start = builder.tensor("query_start", (sequences + 1,), torch.int32)
         seq_lens = builder.tensor("seq_lens", (sequences,), torch.int32)
         max_query_len = builder.integer("max_query_len", 7)
@@ -65,11 +68,13 @@ class InsertPagedKVCache(Pass):
         for index, node in enumerate(layers):
             pages = []
             for name, tensor in (("k", node.args[1]), ("v", node.args[2])):
-                heads, width = shape_of(tensor)[1], shape_of(tensor)[3]  # type: ignore[arg-type]
-                dtype = self.kv_dtype or dtype_of(tensor)  # type: ignore[arg-type]
-                pages.append(builder.tensor(f"{name}_pages_{index}", (num_pages, page_size, heads, width), dtype))
+                heads, width = shape_of(tensor)[1], shape_of(tensor)[3]
+                dtype = self.kv_dtype or dtype_of(tensor)
+                pages.append(
+                    builder.tensor(f"{name}_pages_{index}", (num_pages, page_size, heads, width), dtype)
+                )
             with gm.graph.inserting_before(node):
-                q, k, v = (_tokens_first(gm, item) for item in node.args[:3])  # type: ignore[arg-type]
+                q, k, v = (_tokens_first(gm, item) for item in node.args[:3])
                 insert_call(gm.graph, _ops.kv_append.default, (k, v, *pages, slots), like=node)
                 metadata = (block_table, query_start, seq_lens, max_query_len)
                 out = insert_call(
@@ -99,7 +104,7 @@ class InsertRagged(Pass):
         max_query_len = builder.integer("max_query_len", 7)
         for node in layers:
             with gm.graph.inserting_before(node):
-                q, k, v = (_tokens_first(gm, item) for item in node.args[:3])  # type: ignore[arg-type]
+                q, k, v = (_tokens_first(gm, item) for item in node.args[:3])
                 out = insert_call(
                     gm.graph,
                     _ops.ragged_attention.default,
@@ -117,7 +122,7 @@ _BIDIRECTIONAL = "it is not causal: its queries see later tokens, which a cache 
 def _attention_layers(
     gm: GraphModule, result: PassResult, refuse: Callable[[Node], str | None]
 ) -> list[Node]:
-    """All attention nodes in order, or none if one of them does not fit: a graph is ragged as a whole or not."""
+    """All attention nodes in order, or none if one does not fit: a graph is ragged as a whole or not."""
     layers, fits = [], True
     for node in gm.graph.nodes:
         if not calls(node, _ops.attention.default):
@@ -132,9 +137,9 @@ def _attention_layers(
 
 def _unfit(node: Node) -> str | None:
     q, k, v = node.args[:3]
-    if not all(rank_of(item) == 4 and same_size(shape_of(item)[0], 1) for item in (q, k, v)):  # type: ignore[arg-type]
+    if not all(rank_of(item) == 4 and same_size(shape_of(item)[0], 1) for item in (q, k, v)):
         return "its batch is not 1: ragged graphs lay sequences end to end in a batch of one"
-    if not same_size(shape_of(q)[2], shape_of(k)[2]):  # type: ignore[arg-type]
+    if not same_size(shape_of(q)[2], shape_of(k)[2]):
         return "queries and keys come from different tokens (cross-attention)"
     return None
 

@@ -1,4 +1,4 @@
-"""Runs an explicit ordered list of passes: times and counts each, and can write the graph before and after."""
+"""Runs an explicit ordered list of passes: times and counts each, and can dump the graph after each."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The shape that RMSNorm and LayerNorm share in graphs: 1/√(mean(·²) + ε), a product, a weight, casts around."""
+"""What RMSNorm and LayerNorm share in graphs: 1/√(mean(·²) + ε), a product, a weight, casts around."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch.fx import Node
 
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -64,7 +64,9 @@ def find_inverse_roots(nodes: list[Node]) -> list[InverseRoot]:
             user = next(iter(node.users))
             if not divides and calls(user, aten.mul.Tensor) and is_tensor(other(user.args, node)):
                 scaled, factor = user, other(user.args, node)
-            elif divides and calls(user, aten.div.Tensor) and user.args[1] is node and is_tensor(user.args[0]):
+            elif (
+                divides and calls(user, aten.div.Tensor) and user.args[1] is node and is_tensor(user.args[0])
+            ):
                 scaled, factor = user, user.args[0]
         found.append(InverseRoot(node, variance, eps, scaled, factor))
     return found
@@ -84,7 +86,7 @@ def _radicand(node: Node) -> tuple[Node, bool] | None:
 
 
 def mean_of(node: Node) -> tuple[Node, str | None] | None:
-    """`(x, None)` for `mean(x, -1, keepdim)`, `(x, reason)` for a mean over something else, None otherwise."""
+    """`(x, None)` for `mean(x, -1, keepdim)`, `(x, reason)` for another mean, None for anything else."""
     if not calls(node, aten.mean.dim, aten.mean.default):
         return None
     source = node.args[0]
@@ -156,7 +158,12 @@ def read_tail(normed: Node, allow_bias: bool) -> Tail:
 def only_cast(node: Node) -> Node | None:
     """The narrowing cast that alone reads `node`."""
     user = next(iter(node.users), None)
-    if len(node.users) == 1 and user is not None and is_cast(user) and not _widens(dtype_of(node), dtype_of(user)):
+    if (
+        len(node.users) == 1
+        and user is not None
+        and is_cast(user)
+        and not _widens(dtype_of(node), dtype_of(user))
+    ):
         return user
     return None
 

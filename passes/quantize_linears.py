@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-import qcompiler.kernels.formats.affine  # noqa: F401  registers the format
+import qcompiler.kernels.formats.affine
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.base import get_format
 from qcompiler.passes.addmm_to_linear import linear_bias
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
+    Node,
     aten,
     calls,
     insert_attribute,
@@ -91,9 +92,8 @@ class QuantizeLinears(Pass):
         """A result that also lists what was quantized."""
         return QuantizeResult(self.name)
 
-    def apply(self, gm: GraphModule, result: PassResult) -> None:
+    def apply(self, gm: GraphModule, result: Any) -> None:
         """See the class."""
-        result = cast("QuantizeResult", result)  # made by new_result
         done: dict[str, QuantizedLinear] = {}
         for node in list(gm.graph.nodes):
             if calls(node, torch.ops.qcompiler.grouped_linear.default) and is_parameter(node.args[1]):
@@ -109,8 +109,8 @@ class QuantizeLinears(Pass):
         self, gm: GraphModule, node: Node, result: QuantizeResult, done: dict[str, QuantizedLinear]
     ) -> None:
         weight, bias = node.args[1], linear_bias(node)
-        fqn, name = str(weight.target), linear_name(node)  # type: ignore[union-attr]
-        out_features, in_features = map(int, shape_of(weight))  # type: ignore[arg-type]
+        fqn, name = str(weight.target), linear_name(node)
+        out_features, in_features = map(int, shape_of(weight))
         if bias is not None and not is_parameter(bias):
             result.skip(name, "its bias is computed, not a parameter")
             return
@@ -126,7 +126,13 @@ class QuantizeLinears(Pass):
         if known is None:
             self._register(gm, name, fqn, spec, (out_features, in_features))
             done[name] = QuantizedLinear(
-                name, fqn, str(bias.target) if bias is not None else None, spec.name, spec, out_features, in_features
+                name,
+                fqn,
+                str(bias.target) if bias is not None else None,
+                spec.name,
+                spec,
+                out_features,
+                in_features,
             )
             result.quantized.append(done[name])
         with gm.graph.inserting_before(node):
@@ -144,20 +150,24 @@ class QuantizeLinears(Pass):
             given = self.quantize(name, weight.detach(), spec)
             _check(name, spec.name, given, expected)
         for part, tensor in expected.items():
-            real = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if given is None else given[part]
+            real = (
+                torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if given is None else given[part]
+            )
             register_weight(gm, f"{name}.{part}", Quantized(source, spec.name, spec, part, name), real)
 
 
 def linear_name(node: Node) -> str:
-    """The layer that a linear is, told by its weight, or by its module where a weight has other readers (tied)."""
-    weight: Node = node.args[1]  # type: ignore[assignment]
+    """The layer that a linear is: told by its weight, or by its module where the weight is tied."""
+    weight: Node = node.args[1]
     path = module_path(node)
     if path and any(user is not node for user in weight.users):
         return path
     return layer_name(str(weight.target))
 
 
-def _check(name: str, format_name: str, given: Mapping[str, torch.Tensor], expected: Mapping[str, Any]) -> None:
+def _check(
+    name: str, format_name: str, given: Mapping[str, torch.Tensor], expected: Mapping[str, Any]
+) -> None:
     for part, tensor in expected.items():
         found = given.get(part)
         if found is None or tuple(found.shape) != tuple(tensor.shape) or found.dtype != tensor.dtype:
@@ -168,13 +178,13 @@ def _check(name: str, format_name: str, given: Mapping[str, torch.Tensor], expec
             )
 
 
-def is_quantized_linear(node: object) -> bool:
+def is_quantized_linear(node: Any) -> bool:
     """True for a linear over the tensors of a storage format."""
     return calls(node, torch.ops.qcompiler.linear_affine.default)
 
 
-def linear_like(node: object) -> bool:
+def linear_like(node: Any) -> bool:
     """True for any linear, float or quantized."""
     return is_quantized_linear(node) or (
-        calls(node, aten.linear.default) and is_tensor(node) and rank_of(node.args[1]) == 2  # type: ignore[attr-defined]
+        calls(node, aten.linear.default) and is_tensor(node) and rank_of(node.args[1]) == 2
     )

@@ -7,11 +7,10 @@ parts:  x1 · cos − x2 · sin and x2 · cos + x1 · sin, put together by cat o
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
-
-from torch.fx import Node
+from typing import Any, NamedTuple
 
 from qcompiler.passes.graph_utils import (
+    Node,
     argument,
     aten,
     calls,
@@ -70,7 +69,7 @@ def _match_whole(node: Node) -> Rotation | None:
     return None
 
 
-def _turned(node: object) -> tuple[Node, bool] | None:
+def _turned(node: Any) -> tuple[Node, bool] | None:
     """`(x, interleaved)` if `node` is x with each pair (a, b) replaced by (−b, a)."""
     if calls(node, aten.cat.default) and _joins_last(node, 0):
         negative, first = _two(node)
@@ -115,9 +114,7 @@ def _match_parts(node: Node) -> Rotation | None:
     return None
 
 
-def _from_parts(
-    node: Node, x1: Node, x2: Node, cos: Node, sin: Node, interleaved: bool
-) -> Rotation | None:
+def _from_parts(node: Node, x1: Node, x2: Node, cos: Node, sin: Node, interleaved: bool) -> Rotation | None:
     if last_dim(cos) != last_dim(x1) or last_dim(sin) != last_dim(x1):
         return None
     a, b = last_dim_span(x1), last_dim_span(x2)
@@ -130,16 +127,21 @@ def _from_parts(
     return Rotation(node, None, (x1, x2), cos, sin, False, True)
 
 
-def _is_pairs(a: tuple, b: tuple) -> bool:  # type: ignore[type-arg]
+def _is_pairs(a: tuple, b: tuple) -> bool:
     """True if two spans are the even and the odd channels of one tensor."""
     _, start_a, end_a, step_a, size = a
     _, start_b, end_b, step_b, _ = b
-    return (start_a, step_a, start_b, step_b) == (0, 2, 1, 2) and size % 2 == 0 and end_a >= size - 1 and end_b >= size
+    return (
+        (start_a, step_a, start_b, step_b) == (0, 2, 1, 2)
+        and size % 2 == 0
+        and end_a >= size - 1
+        and end_b >= size
+    )
 
 
 def _two(node: Node) -> tuple[Node, Node]:
-    first, second = node.args[0]  # type: ignore[misc, union-attr]
-    return first, second  # type: ignore[return-value]
+    first, second = node.args[0]
+    return first, second
 
 
 def _joins_last(node: Node, extra: int) -> bool:
@@ -151,11 +153,11 @@ def _joins_last(node: Node, extra: int) -> bool:
     return argument(node, 1, "dim", 0) % rank == rank - 1
 
 
-def _flattened_stack(node: object) -> Node | None:
+def _flattened_stack(node: Any) -> Node | None:
     """The stack of two tensors along a new last dimension that `node` flattens away."""
     if not calls(node, aten.flatten.using_ints, aten.view.default, aten.reshape.default):
         return None
-    stack = node.args[0]  # type: ignore[attr-defined]
+    stack = node.args[0]
     if not calls(stack, aten.stack.default) or not _joins_last(stack, 1):
         return None
     part = stack.args[0][0]

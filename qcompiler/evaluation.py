@@ -79,10 +79,10 @@ class StreamedProgram:
         else:
             args = map_aggregate(node.args, lambda a: self._value(a, env))
             if node.op == "output":
-                env[node] = args[0]  # type: ignore[index]
+                env[node] = args[0]
                 return
             kwargs = map_aggregate(node.kwargs, lambda a: self._value(a, env))
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator,misc]
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _value(self, argument: Any, env: dict[Node, Any]) -> Any:
         if isinstance(argument, Node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -23,7 +23,7 @@ from qcompiler.report import SkippedLayer
 
 if TYPE_CHECKING:
     from qcompiler.methods.base import Method
-    from qcompiler.passes import PassResult
+    from qcompiler.passes import PassResult, QuantizeResult
 
 
 @dataclass
@@ -86,7 +86,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     """
     method = get_method(options.method)
     method_options = method.validate(options.method_options)
-    method.resolve_spec(options.bits, options.group_size)  # refuses impossible widths before any work
+    method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths now
     device = pick_device(options.device)
     source = ModelSource.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
@@ -99,14 +99,16 @@ def make_plan(options: CompileOptions) -> CompilePlan:
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name)
-        return bits if isinstance(bits, str) else method.resolve_spec(bits, options.group_size)
+        if isinstance(bits, str):
+            return bits
+        return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
     quantize = QuantizeLinears(choose)
     (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
-    layers = result.quantized  # type: ignore[attr-defined]
-    layer_plan.check_all_used([layer.name for layer in [*layers, *skipped]])
+    layers = cast("QuantizeResult", result).quantized
+    layer_plan.check_all_used([layer.name for layer in layers] + [layer.name for layer in skipped])
     return CompilePlan(
         options,
         source,

@@ -8,6 +8,7 @@ headers, graph, declared formats against stored tensors. Each refusal is an
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from qcompiler.runtime.opset import OP_LIBRARIES
 from qcompiler.runtime.tensorfile import TensorReader
 
 GRAPH = "graph.json"
+_HASH_THREADS = 4
 Verify = Literal["full", "sizes"]
 
 
@@ -53,7 +55,8 @@ class Artifact:
         tensor = self.tensors.read(name, device)
         if name in self._checked and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(
-                f"{self.tensors.file_of[name]}: tensor {name!r} of layer {self._checked[name]!r} holds NaN or Inf"
+                f"{self.tensors.file_of[name]}: tensor {name!r} of layer {self._checked[name]!r} "
+                "holds NaN or Inf"
             )
         return tensor
 
@@ -138,8 +141,13 @@ def _check_files(root: Path, manifest: Manifest, present: dict[str, int], *, dig
                 hint="The file is truncated or was changed; copy the artifact again.",
             )
     if digests:
+        # Hashing lets go of the interpreter lock, so several files are read at once.
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            found = dict(
+                zip(manifest.files, pool.map(sha256_file, [root / n for n in manifest.files]), strict=True)
+            )
         for name, entry in manifest.files.items():
-            if sha256_file(root / name) != entry.sha256:
+            if found[name] != entry.sha256:
                 raise ArtifactError(
                     f"{name}: SHA-256 differs from the manifest", hint="The file was changed; copy it again."
                 )
@@ -150,7 +158,8 @@ def _check_op_versions(manifest: Manifest) -> None:
         known = OP_LIBRARIES.get(library)
         if known is None or version > known:
             raise ArtifactError(
-                f"{MANIFEST}: needs op library {library[:40]!r} version {version}, this runtime has {known or 'none'}",
+                f"{MANIFEST}: needs op library {library[:40]!r} version {version}, "
+                f"this runtime has {known or 'none'}",
                 hint="Upgrade: pip install -U qcompiler",
             )
 
@@ -170,11 +179,17 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
     where = f"{MANIFEST}: layer {layer.name!r}"
     try:
         format_ = get_format(layer.format)
-        specs = format_.tensor_specs(format_.spec_from_json(layer.spec), layer.out_features, layer.in_features)
+        specs = format_.tensor_specs(
+            format_.spec_from_json(layer.spec), layer.out_features, layer.in_features
+        )
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
+    except (TypeError, ValueError, LookupError) as e:
+        raise ArtifactError(f"{where}: settings {layer.spec} make no sense") from e
     if set(specs) != set(layer.tensors):
-        raise ArtifactError(f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}")
+        raise ArtifactError(
+            f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}"
+        )
     for part, spec in specs.items():
         name = layer.tensors[part]
         entry = tensors.entries.get(name)
@@ -183,7 +198,8 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
         if entry.shape != tuple(spec.shape) or entry.dtype != spec.dtype:
             raise ArtifactError(
                 f"{tensors.file_of[name]}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, but "
-                f"{layer.spec} of [{layer.out_features}, {layer.in_features}] needs {spec.dtype} {list(spec.shape)}"
+                f"{layer.spec} of [{layer.out_features}, {layer.in_features}] needs "
+                f"{spec.dtype} {list(spec.shape)}"
             )
 
 

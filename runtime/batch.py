@@ -1,4 +1,4 @@
-"""One step's work laid end to end: tokens of several sequences, with where each reads and writes the cache."""
+"""One step's work laid end to end: tokens of several sequences, and where each finds its cache."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def bench(
         raise InvalidInputError("batch sizes, token counts and repeats must be at least 1")
     if prompt_tokens + decode_tokens + 1 > model.max_context:
         raise InvalidInputError(
-            f"{prompt_tokens} prompt and {decode_tokens} generated tokens exceed the context of {model.max_context}"
+            f"{prompt_tokens} prompt and {decode_tokens} generated tokens exceed "
+            f"the context of {model.max_context}"
         )
     if max(batches) > engine.max_sequences:
         raise InvalidInputError(
@@ -75,12 +76,16 @@ def bench(
                 prefill.append(batch * prompt_tokens / seconds[0])
                 decode.append(batch * decode_tokens / seconds[1])
         rows.append(
-            BenchRow(batch, prompt_tokens, decode_tokens, statistics.median(prefill), statistics.median(decode))
+            BenchRow(
+                batch, prompt_tokens, decode_tokens, statistics.median(prefill), statistics.median(decode)
+            )
         )
     return rows
 
 
-def _one_run(model: Model, batch: int, prompt_tokens: int, decode_tokens: int, seed: int) -> tuple[float, float]:
+def _one_run(
+    model: Model, batch: int, prompt_tokens: int, decode_tokens: int, seed: int
+) -> tuple[float, float]:
     """Seconds until every sequence has its first token, and for `decode_tokens` more each."""
     engine = model.engine
     generator = torch.Generator().manual_seed(seed)

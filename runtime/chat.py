@@ -37,7 +37,7 @@ _PADDING = ("ljust", "rjust", "center", "zfill", "expandtabs")
 _TICK, _JOIN = "__qc_tick", "__qc_join"
 
 
-class _Limit(Exception):
+class _LimitError(Exception):
     """A template went beyond a bound."""
 
 
@@ -54,7 +54,11 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str] | None = None, *, max_seconds: float = MAX_SECONDS
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        max_seconds: float = MAX_SECONDS,
     ):
         if not isinstance(source, str) or len(source) > MAX_TEMPLATE:
             raise ArtifactError(f"chat template: larger than {MAX_TEMPLATE} characters, or not text")
@@ -106,9 +110,9 @@ class ChatTemplate:
             for piece in self._template.generate(**context):
                 size += len(piece)
                 if size > MAX_OUTPUT:
-                    raise _Limit(f"gives more than {MAX_OUTPUT} characters")
+                    raise _LimitError(f"gives more than {MAX_OUTPUT} characters")
                 pieces.append(piece)
-        except _Limit as e:
+        except _LimitError as e:
             raise InvalidInputError(f"chat template {e}") from None
         except TemplateError as e:
             raise InvalidInputError(f"chat template: {str(e)[:500]}") from e
@@ -119,8 +123,10 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def find_template(config: Mapping[str, Any] | None, jinja: str | None, *, name: str = "default") -> str | None:
-    """The template of a model: chat_template.jinja, else `chat_template` of tokenizer_config.json, else None."""
+def find_template(
+    config: Mapping[str, Any] | None, jinja: str | None, *, name: str = "default"
+) -> str | None:
+    """A model's template: chat_template.jinja, else `chat_template` of tokenizer_config.json, else None."""
     if jinja is not None:
         return jinja
     entry = (config or {}).get("chat_template")
@@ -204,15 +210,15 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (abs(left) <= 1 << 16 and abs(right) <= 64):
-            raise _Limit("raises a large number to a power")
+            raise _LimitError("raises a large number to a power")
         if operator == "%" and isinstance(left, str) and _WIDE.search(left):
-            raise _Limit("formats a very wide string")
+            raise _LimitError("formats a very wide string")
         size = _length(left) + _length(right)
         if operator == "*":
             number = left if isinstance(left, int) else right if isinstance(right, int) else 0
             size = max(size, size * max(0, number))
         if size > MAX_OUTPUT:
-            raise _Limit(f"makes a value longer than {MAX_OUTPUT}")
+            raise _LimitError(f"makes a value longer than {MAX_OUTPUT}")
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -221,21 +227,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
-            wide = name in _PADDING and any(isinstance(a, int) and a > MAX_WIDTH for a in (*args, *kwargs.values()))
-            grown = name in ("replace", "join") and len(text) * max(map(_length, args), default=0) > MAX_OUTPUT
+            wide = name in _PADDING and any(
+                isinstance(a, int) and a > MAX_WIDTH for a in (*args, *kwargs.values())
+            )
+            grown = (
+                name in ("replace", "join") and len(text) * max(map(_length, args), default=0) > MAX_OUTPUT
+            )
             if wide or grown or (name in ("format", "format_map") and _WIDE.search(text)):
-                raise _Limit("makes a very long string")
+                raise _LimitError("makes a very long string")
         return super().call(context, obj, *args, **kwargs)
 
     def _tick(self) -> str:
         if time.monotonic() > self._clock.end:
-            raise _Limit("takes too long")
+            raise _LimitError("takes too long")
         return ""
 
     def _join(self, *parts: Any) -> str:
         texts = [str(p) for p in parts]
         if sum(map(len, texts)) > MAX_OUTPUT:
-            raise _Limit(f"makes a value longer than {MAX_OUTPUT}")
+            raise _LimitError(f"makes a value longer than {MAX_OUTPUT}")
         return "".join(texts)
 
 
@@ -247,7 +257,7 @@ def _narrow(filter_: Any) -> Any:
     def narrow(value: Any, width: Any = 4, *args: Any, **kwargs: Any) -> Any:
         amount = width if isinstance(width, int) else len(width)
         if amount > MAX_WIDTH:
-            raise _Limit(f"pads by more than {MAX_WIDTH}")
+            raise _LimitError(f"pads by more than {MAX_WIDTH}")
         return filter_(value, width, *args, **kwargs)
 
     return narrow
@@ -255,7 +265,7 @@ def _narrow(filter_: Any) -> Any:
 
 def _format(value: str, *args: Any, **kwargs: Any) -> str:
     if _WIDE.search(value):
-        raise _Limit("formats a very wide string")
+        raise _LimitError("formats a very wide string")
     return str(do_format(value, *args, **kwargs))
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +25,8 @@ from qcompiler.runtime.pages import PageAllocator
 from qcompiler.runtime.sampling import SamplerState, SamplingParams, sample
 
 FinishReason = Literal["stop", "length", "aborted"]
-_LOGITS_BYTES = 256 << 20
+# What the fp32 logits of one step of `score` may take.
+_LOGITS_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 class NonFiniteLogitsError(QCompilerError):
@@ -91,7 +93,7 @@ class Engine:
         self._lock = threading.RLock()
 
     def check_tokens(self, tokens: Seq[int], *, room: int = 0) -> None:
-        """Raise `InvalidInputError` unless these ids are in the vocabulary and fit the context with `room` to spare."""
+        """Raise `InvalidInputError` unless the ids are in the vocabulary and leave `room` in the context."""
         if not tokens:
             raise InvalidInputError("the prompt is empty", hint="Give at least one token.")
         if len(tokens) + room > self.max_context:
@@ -124,8 +126,8 @@ class Engine:
         needed = self.allocator.pages_for(limit)
         if needed > self.allocator.num_pages:
             raise InvalidInputError(
-                f"{len(prompt)} prompt tokens and up to {limit - len(prompt)} more need {needed} pages of the KV "
-                f"cache, which has {self.allocator.num_pages} of {self.allocator.page_size} tokens",
+                f"{len(prompt)} prompt tokens and up to {limit - len(prompt)} more need {needed} pages of "
+                f"the KV cache, which has {self.allocator.num_pages} of {self.allocator.page_size} tokens",
                 hint="Lower max_tokens, or load the model with more pages (max_cache_tokens).",
             )
         stop_ids = frozenset(params.stop_token_ids) | (
@@ -199,7 +201,7 @@ class Engine:
             with self._lock:
                 if self.waiting and not self.running:
                     raise InvalidInputError(
-                        f"{self.allocator.available} pages of the KV cache are free, too few for the next prompt",
+                        f"{self.allocator.available} free pages of the KV cache are too few for a prompt",
                         hint="Finish what holds them, or load the model with more pages (max_cache_tokens).",
                     )
 
@@ -207,11 +209,12 @@ class Engine:
         """Logits of every token of every prompt, computed in ragged steps.
 
         Yields:
-            (index of the prompt, index of the first token, logits [tokens, vocabulary] of a run of its tokens).
+            (index of the prompt, index of a first token, logits [tokens, vocabulary] from there on).
         """
         for prompt in prompts:
             self.check_tokens(prompt)
-        budget = max(1, min(self.max_step_tokens, _LOGITS_BYTES // (4 * self.vocab_size)))
+        room = _LOGITS_BYTES[self.executor.device.type]
+        budget = max(1, min(self.max_step_tokens, room // (4 * self.vocab_size)))
         pending = deque((i, list(p)) for i, p in enumerate(prompts))
         active: list[tuple[int, list[int], int, list[int]]] = []  # index, tokens, computed, pages
         try:
@@ -260,7 +263,9 @@ class Engine:
         """Who computes how many tokens in this step."""
         budget = self.max_step_tokens
         work: list[tuple[Sequence, int]] = []
-        decoding = [s for s in self.running if s.computed == len(s.tokens) - 1 and s.computed >= s.prompt_length]
+        decoding = [
+            s for s in self.running if s.computed == len(s.tokens) - 1 and s.computed >= s.prompt_length
+        ]
         for sequence in decoding:
             work.append((sequence, 1))
             budget -= 1
@@ -287,7 +292,7 @@ class Engine:
         if token < 0:
             sequence.error = NonFiniteLogitsError(
                 f"the model computed NaN or infinite logits after {len(sequence.tokens)} tokens",
-                hint="qrun verify ARTIFACT checks the weights; float16 activations can overflow, bfloat16 do not.",
+                hint="qrun verify checks the weights; float16 activations can overflow, bfloat16 do not.",
             )
             self._finish(sequence, "aborted")
             return

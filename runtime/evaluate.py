@@ -70,7 +70,9 @@ def evaluate(
         targets = windows[index][first + 1 : first + 1 + logits.shape[0]]
         if targets:
             wanted = torch.tensor(targets, device=logits.device)
-            losses = torch.nn.functional.cross_entropy(logits[: len(targets)].float(), wanted, reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits[: len(targets)].float(), wanted, reduction="none"
+            )
             total += float(losses.double().sum())
             scored += len(targets)
         done += logits.shape[0]

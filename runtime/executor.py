@@ -6,13 +6,16 @@ for a few numbers of sequences and widths of the block table, at first use.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from qcompiler.runtime.batch import IndexBuffer, Span, StepBatch
 from qcompiler.runtime.pages import PageSpec, allocate_pages
-from qcompiler.runtime.program import Program
+from qcompiler.runtime.program import GraphRunError, Program
+
+log = logging.getLogger(__name__)
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _MIN_TABLE = 8
@@ -51,7 +54,7 @@ class Executor:
         self._pool: Any = None
 
     def run(self, spans: list[Span]) -> torch.Tensor:
-        """Logits [rows, vocabulary] of one step, rows in the order of the spans; valid until the next step."""
+        """Logits [rows, vocabulary] of one step, in the order of the spans; valid until the next step."""
         batch = StepBatch(spans, self.page_size, self.position_offset)
         if self._use_graphs and batch.is_decode and len(spans) <= DECODE_SIZES[-1]:
             return self._replay(batch)
@@ -85,7 +88,13 @@ class Executor:
         if graph is None:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = _DecodeGraph(self, count, width, self._pool)
+            try:
+                graph = _DecodeGraph(self, count, width, self._pool)
+            except (RuntimeError, GraphRunError) as e:
+                # Some op waits for the device, which a capture cannot; the step itself can run.
+                log.warning("decode runs without CUDA graphs: %s", e)
+                self._use_graphs = False
+                return self.run(list(batch.spans))
             self._graphs[count, width] = graph
         return graph.replay(batch)[: len(batch.spans)]
 

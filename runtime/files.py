@@ -45,7 +45,7 @@ def check_name(name: object, where: str) -> str:
 
 
 def list_directory(root: Path) -> dict[str, int]:
-    """Names and sizes of the files in `root`; refuses links, folders and anything that is not a plain file."""
+    """Names and sizes of the files in `root`; refuses links, folders and whatever is no plain file."""
     if not root.is_dir():
         raise ArtifactError(f"{root} is not a folder", hint="Give the folder that qcompile wrote.")
     sizes: dict[str, int] = {}

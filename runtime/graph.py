@@ -116,7 +116,7 @@ def decode(raw: Any, where: str = "graph.json") -> Graph:
     top = _object(raw, where, required={"schema", "kind", "inputs", "weights", "nodes", "outputs"})
     if top["schema"] != SCHEMA or type(top["schema"]) is not int:
         raise newer_schema(where, top["schema"], SCHEMA)
-    if top["kind"] not in _KINDS:
+    if not isinstance(top["kind"], str) or top["kind"] not in _KINDS:
         raise ArtifactError(f"{where}: kind {str(top['kind'])[:40]!r} is neither decoder nor encoder")
     inputs = [_input(where, i) for i in _list(top["inputs"], f"{where} inputs", MAX_ARGS)]
     weights = _list(top["weights"], f"{where} weights", MAX_NODES)
@@ -126,7 +126,9 @@ def decode(raw: Any, where: str = "graph.json") -> Graph:
     if len(decoder.known) != len(inputs):
         raise ArtifactError(f"{where}: two inputs have the same name")
     nodes = [decoder.node(n) for n in _list(top["nodes"], f"{where} nodes", MAX_NODES)]
-    outputs = [decoder.value(o, f"{where}: output") for o in _list(top["outputs"], f"{where} outputs", MAX_ARGS)]
+    outputs = [
+        decoder.value(o, f"{where}: output") for o in _list(top["outputs"], f"{where} outputs", MAX_ARGS)
+    ]
     if not outputs or not all(isinstance(o, Ref) for o in outputs):
         raise ArtifactError(f"{where}: outputs must be references to nodes")
     return Graph(top["kind"], inputs, weights, nodes, outputs, frozenset(decoder.written))
@@ -152,7 +154,9 @@ class _Decoder:
         self.written: set[str] = set()
 
     def node(self, raw: Any) -> Node:
-        raw = _object(raw, f"{self.where}: node", required={"name", "op", "args"}, optional={"kwargs", "dtype", "shape"})
+        raw = _object(
+            raw, f"{self.where}: node", required={"name", "op", "args"}, optional={"kwargs", "dtype", "shape"}
+        )
         name, op = raw["name"], raw["op"]
         if not isinstance(name, str) or not _NODE_NAME.fullmatch(name) or name in self.known:
             raise ArtifactError(f"{self.where}: node name {str(name)[:80]!r} is malformed or taken")
@@ -174,7 +178,7 @@ class _Decoder:
             _check_creation(op, bound, where)
         self.known.add(name)
         dtype = raw.get("dtype")
-        if dtype is not None and dtype not in DTYPE_BY_NAME and dtype not in ("int", "float", "bool"):
+        if dtype is not None and not _known_dtype(dtype, "int", "float", "bool"):
             raise ArtifactError(f"{where}: dtype {str(dtype)[:40]!r} is not known")
         return Node(name, op, target, args, kwargs, dtype, _shape(raw.get("shape"), where), self.roots[name])
 
@@ -228,7 +232,10 @@ class _Decoder:
             shared |= roots
             if alias.is_write:
                 self.written |= roots
-                paged = str(target) == "qcompiler.kv_append.default" and argument.name in ("k_pages", "v_pages")
+                paged = str(target) == "qcompiler.kv_append.default" and argument.name in (
+                    "k_pages",
+                    "v_pages",
+                )
                 foreign = {r for r in roots if r.startswith(("input ", "weight "))}
                 if foreign and not (paged and all(r.startswith("input ") for r in foreign)):
                     raise ArtifactError(f"{where}: writes in place to {min(foreign)}, which is not its own")
@@ -308,12 +315,24 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 # Ops whose result's size is what the graph says rather than what its inputs are.
 _CREATES = frozenset(
-    f"aten.{n}"
-    for n in (
-        "arange.default arange.start arange.start_step empty.memory_format full.default ones.default zeros.default "
-        "new_empty.default new_full.default new_ones.default new_zeros.default repeat.default tile.default "
-        "repeat_interleave.self_int one_hot.default histc.default"
-    ).split()
+    {
+        "aten.arange.default",
+        "aten.arange.start",
+        "aten.arange.start_step",
+        "aten.empty.memory_format",
+        "aten.full.default",
+        "aten.histc.default",
+        "aten.new_empty.default",
+        "aten.new_full.default",
+        "aten.new_ones.default",
+        "aten.new_zeros.default",
+        "aten.one_hot.default",
+        "aten.ones.default",
+        "aten.repeat.default",
+        "aten.repeat_interleave.self_int",
+        "aten.tile.default",
+        "aten.zeros.default",
+    }
 )
 
 
@@ -329,6 +348,10 @@ def _check_creation(op: str, bound: dict[str, Any], where: str) -> None:
         raise ArtifactError(f"{where}: makes a tensor of {product} elements, more than {MAX_CREATED}")
 
 
+def _known_dtype(name: Any, *others: str) -> bool:
+    return isinstance(name, str) and (name in DTYPE_BY_NAME or name in others)
+
+
 def _is_scalar_arg(value: Any) -> bool:
     return isinstance(value, Ref) or type(value) in (int, float, bool)
 
@@ -338,7 +361,7 @@ def _input(where: str, raw: Any) -> Input:
     name, dtype = raw["name"], raw["dtype"]
     if not isinstance(name, str) or not _NODE_NAME.fullmatch(name):
         raise ArtifactError(f"{where}: input name {str(name)[:80]!r} is malformed")
-    if dtype not in DTYPE_BY_NAME and dtype != "int":
+    if not _known_dtype(dtype, "int"):
         raise ArtifactError(f"{where}: input {name!r} has unknown dtype {str(dtype)[:40]!r}")
     shape = _shape(raw["shape"], f"{where}: input {name!r}")
     return Input(name, dtype, shape or ())

@@ -1,4 +1,4 @@
-"""From a verified artifact to a program on a device: weights moved, linear layers given to the best provider."""
+"""From a verified artifact to a program on a device: weights moved, linears given to a provider."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
+from qcompiler.kernels.providers import select_provider
 from qcompiler.runtime.artifact import Artifact, gpu_obstacle
 from qcompiler.runtime.graph import Graph, Node, Ref, Weight, bind
 from qcompiler.runtime.program import Program
@@ -28,7 +29,9 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
     if device is None:
         if not torch.cuda.is_available():
             if not requirement.fallback:
-                raise ArtifactError("the artifact runs on a GPU only, and this machine has none that torch can use")
+                raise ArtifactError(
+                    "the artifact runs on a GPU only, and this machine has none that torch can use"
+                )
             return torch.device("cpu")
         obstacle = gpu_obstacle(requirement, torch.cuda.get_device_capability())
         if obstacle is None:
@@ -39,14 +42,16 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
         return torch.device("cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InvalidInputError(f"{device!r} is not a device", hint="Use cpu, cuda or cuda:N.") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise InvalidInputError("no CUDA device can be used here", hint="Use --device cpu.")
         index = torch.cuda.current_device() if chosen.index is None else chosen.index
         if index >= torch.cuda.device_count():
-            raise InvalidInputError(f"there is no {device}; {torch.cuda.device_count()} CUDA devices are visible")
+            raise InvalidInputError(
+                f"there is no {device}; {torch.cuda.device_count()} CUDA devices are visible"
+            )
         obstacle = gpu_obstacle(requirement, torch.cuda.get_device_capability(index))
         if obstacle is not None:
             raise ArtifactError(obstacle, hint="Use --device cpu, or compile for this GPU.")
@@ -58,13 +63,18 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
     return chosen
 
 
-def load_program(artifact: Artifact, device: torch.device) -> Program:
+def load_program(artifact: Artifact, device: torch.device, *, lean: bool = False) -> Program:
     """Read the weights, prepare them for this device, and make the graph runnable.
+
+    Args:
+        artifact: A verified artifact.
+        device: Where the weights go.
+        lean: See `qcompiler.kernels.providers.select_provider`.
 
     Raises:
         ArtifactError: a tensor cannot be read or holds what it must not.
     """
-    loader = _Loader(artifact, device)
+    loader = _Loader(artifact, device, lean)
     nodes = [loader.node(node) for node in artifact.graph.nodes]
     for name in artifact.graph.weights:
         if loader.uses[name] > 0 and name not in loader.weights:
@@ -83,9 +93,10 @@ def load_program(artifact: Artifact, device: torch.device) -> Program:
 
 
 class _Loader:
-    def __init__(self, artifact: Artifact, device: torch.device):
+    def __init__(self, artifact: Artifact, device: torch.device, lean: bool):
         self.artifact = artifact
         self.device = device
+        self.lean = lean
         self.weights: dict[str, torch.Tensor] = {}
         # How many nodes still need a weight as it is stored; a prepared one takes its place.
         self.uses: Counter[str] = Counter()
@@ -94,45 +105,37 @@ class _Loader:
 
     def node(self, node: Node) -> Node:
         """The node itself, or a call of the provider's op on prepared weights."""
-        from qcompiler.kernels.providers import select_provider
-
         if node.target is None or not node.op.startswith("qcompiler.linear_"):
             return node
         call = bind(node)
+        x = call.pop("x")
         names = {part: value.name for part, value in call.items() if isinstance(value, Weight)}
-        dynamic = {part: value for part, value in call.items() if isinstance(value, Ref)}
-        settings = {part: v for part, v in call.items() if part not in names and part not in dynamic and v is not None}
-        tensors = {part: self.artifact.read(name, self.device) for part, name in names.items()}
+        attrs = {part: value for part, value in call.items() if part not in names and value is not None}
+        if any(isinstance(value, Ref) for value in attrs.values()):
+            return node  # a weight or a setting that the graph computes: only the canonical op takes it
+        tensors = {part: self._read(name) for part, name in names.items()}
         provider = select_provider(
-            node.op.split(".")[1], settings, tensors, self.device, self.artifact.dtype
+            node.op.split(".")[1], attrs, tensors, self.device, self.artifact.dtype, lean=self.lean
         )
         if provider.op is node.target:
             for part, name in names.items():
-                self.weights.setdefault(name, tensors[part])
+                self.weights[name] = tensors[part]
             return node
-        prepared, settings = provider.prepare(tensors, settings)
-        kwargs: dict[str, Any] = {**dynamic, **settings}
+        prepared, attrs = provider.prepare(tensors, attrs)
+        bound = {}
         for part, tensor in prepared.items():
             # A tensor that was left as it is (a bias) keeps its name, so that others share it.
-            name = names[part] if tensor is tensors.get(part) else f"{node.name}/{provider.name}/{part}"
-            self.weights.setdefault(name, tensor)
-            kwargs[part] = Weight(name)
+            kept = tensor is tensors.get(part)
+            bound[part] = Weight(names[part] if kept else f"{node.name}/{provider.name}/{part}")
+            self.weights[bound[part].name] = tensor
         self.uses.subtract(names.values())
-        return _call_by_name(node, provider.op, kwargs)
+        return replace(
+            node, op=str(provider.op), target=provider.op, args=provider.bind(x, bound, attrs), kwargs={}
+        )
 
-
-def _call_by_name(node: Node, op: torch._ops.OpOverload, arguments: dict[str, Any]) -> Node:
-    """The same node calling another op; what its schema places first is passed by position."""
-    args: list[Any] = []
-    rest = dict(arguments)
-    for declared in op._schema.arguments:
-        if declared.kwarg_only or (declared.name not in rest and not declared.has_default_value()):
-            if declared.name not in rest and not declared.kwarg_only:
-                args.append(None)  # an optional tensor that is absent
-                continue
-            break
-        args.append(rest.pop(declared.name) if declared.name in rest else declared.default_value)
-    return replace(node, op=str(op), target=op, args=tuple(args), kwargs=rest)
+    def _read(self, name: str) -> torch.Tensor:
+        held = self.weights.get(name)
+        return self.artifact.read(name, self.device) if held is None else held
 
 
 def _weights_of(value: Any) -> list[str]:

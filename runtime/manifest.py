@@ -73,7 +73,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GpuRequirement:
-    """Least compute capability that the artifact's kernels need; `fallback`: the CPU or reference ops may serve."""
+    """Least compute capability that the artifact's kernels need; `fallback`: the CPU may serve."""
 
     compute_capability: tuple[int, int] | None = None
     fallback: bool = True
@@ -179,7 +179,11 @@ def _layers(raw: Any) -> list[LayerEntry]:
         if not isinstance(entry, dict):
             raise ArtifactError(f"{MANIFEST}: a layer is not an object")
         name, tensors, spec = entry.get("name"), entry.get("tensors"), entry.get("spec")
-        if not isinstance(name, str) or not isinstance(entry.get("format"), str) or not isinstance(spec, dict):
+        if (
+            not isinstance(name, str)
+            or not isinstance(entry.get("format"), str)
+            or not isinstance(spec, dict)
+        ):
             raise ArtifactError(f"{MANIFEST}: layer {str(name)[:80]!r} lacks its name, format or spec")
         if not isinstance(tensors, dict) or not all(isinstance(t, str) for t in tensors.values()):
             raise ArtifactError(f"{MANIFEST}: layer {name[:80]!r}: tensors must map parts to tensor names")
@@ -188,7 +192,9 @@ def _layers(raw: Any) -> list[LayerEntry]:
                 name=name,
                 format=entry["format"],
                 spec=spec,
-                out_features=_integer(entry.get("out_features"), f"out_features of {name}", _MAX_SIZE, least=1),
+                out_features=_integer(
+                    entry.get("out_features"), f"out_features of {name}", _MAX_SIZE, least=1
+                ),
                 in_features=_integer(entry.get("in_features"), f"in_features of {name}", _MAX_SIZE, least=1),
                 tensors=tensors,
             )
@@ -216,5 +222,7 @@ def _mapping(raw: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _integer(value: Any, what: str, most: int, *, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ArtifactError(f"{MANIFEST}: {what[:120]} is {str(value)[:40]!r}, not a number in [{least}, {most}]")
+        raise ArtifactError(
+            f"{MANIFEST}: {what[:120]} is {str(value)[:40]!r}, not a number in [{least}, {most}]"
+        )
     return value

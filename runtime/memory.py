@@ -74,7 +74,7 @@ def make_executor(
         )
     if max_cache_tokens is not None and room < wanted:
         raise InvalidInputError(
-            f"max_cache_tokens {max_cache_tokens} needs {wanted * page_bytes} bytes; {room * page_bytes} are free",
+            f"max_cache_tokens {max_cache_tokens} takes {wanted * page_bytes} B, {room * page_bytes} B free",
             hint=f"At most {room * page_size} tokens fit.",
         )
     limits = Limits(sequences, step, min(wanted, room), page_size)

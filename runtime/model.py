@@ -1,15 +1,17 @@
 """`load` an artifact and generate from it.
 
-    model = load("tiny-llama-hqq-4bit")
-    model.generate("Once upon a time", max_tokens=50)
-    for piece in model.generate("Once upon a time", stream=True):
-        print(piece, end="")
+model = load("tiny-llama-hqq-4bit")
+model.generate("Once upon a time", max_tokens=50)
+for piece in model.generate("Once upon a time", stream=True):
+    print(piece, end="")
 """
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence as Seq
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -55,6 +57,7 @@ def load(
     max_step_tokens: int | None = None,
     max_cache_tokens: int | None = None,
     cuda_graphs: bool = True,
+    lean: bool = False,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -66,6 +69,7 @@ def load(
         max_step_tokens: Most tokens computed in one step; longer prompts are taken in pieces.
         max_cache_tokens: Tokens that the KV cache holds; as many as memory allows, within reason, when None.
         cuda_graphs: Capture decode steps as CUDA graphs.
+        lean: On a CPU, keep only packed weights: less memory, slower long prompts.
 
     Returns:
         The model, ready to generate.
@@ -76,7 +80,7 @@ def load(
     """
     artifact = open_artifact(path, verify=verify)
     chosen = choose_device(artifact, device)
-    program = load_program(artifact, chosen)
+    program = load_program(artifact, chosen, lean=lean)
     if artifact.manifest.kind == "encoder":
         return Model(artifact, program, None)
     model = artifact.manifest.model
@@ -112,7 +116,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """ "decoder" or "encoder"."""
+        """Either "decoder" or "encoder"."""
         return self.artifact.manifest.kind
 
     @property
@@ -147,9 +151,10 @@ class Model:
             path = self.artifact.path("tokenizer.json")
             if path is None:
                 raise ArtifactError(
-                    "the artifact has no tokenizer.json", hint="Use generate_tokens() and logits() with token ids."
+                    "the artifact has no tokenizer.json",
+                    hint="Use generate_tokens() and logits() with token ids.",
                 )
-            self._tokenizer = Tokenizer(path, self.artifact.json("tokenizer_config.json"))
+            self._tokenizer = Tokenizer(path, self._tokenizer_config())
         return self._tokenizer
 
     @property
@@ -162,10 +167,13 @@ class Model:
         if self._template is None:
             path = self.artifact.path("chat_template.jinja")
             source = find_template(
-                self.artifact.json("tokenizer_config.json"), path.read_text(encoding="utf-8") if path else None
+                self._tokenizer_config(),
+                path.read_text(encoding="utf-8") if path else None,
             )
             if source is None:
-                raise InvalidInputError("the artifact has no chat template", hint="Use generate() with plain text.")
+                raise InvalidInputError(
+                    "the artifact has no chat template", hint="Use generate() with plain text."
+                )
             self._template = ChatTemplate(source, self.tokenizer.special_tokens)
         return self._template
 
@@ -195,6 +203,8 @@ class Model:
             InvalidInputError: an option out of range, or a prompt that is empty or too long.
         """
         single = isinstance(prompt, str)
+        if not isinstance(prompt, (str, list, tuple)):
+            raise InvalidInputError(f"a prompt must be text or a list of texts, not {type(prompt).__name__}")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         params = SamplingParams.make(**sampling)
         prompts = [self.tokenizer.encode(text) for text in texts]
@@ -216,7 +226,7 @@ class Model:
     def generate_tokens(self, prompt: Seq[Seq[int]], **sampling: Any) -> list[Generation]: ...
 
     def generate_tokens(self, prompt: Any, **sampling: Any) -> Any:
-        """Continue token ids, one list or a list of lists; needs no tokenizer unless there are stop strings."""
+        """Continue token ids, one list or a list of lists; only stop strings need a tokenizer."""
         params = SamplingParams.make(**sampling)
         prompts = list(prompt)
         if prompts and all(isinstance(p, (list, tuple)) for p in prompts):
@@ -224,7 +234,9 @@ class Model:
         return self._complete([_token_list(prompts)], params)[0]
 
     @overload
-    def chat(self, messages: Seq[Mapping[str, Any]], *, stream: Literal[False] = False, **sampling: Any) -> str: ...
+    def chat(
+        self, messages: Seq[Mapping[str, Any]], *, stream: Literal[False] = False, **sampling: Any
+    ) -> str: ...
     @overload
     def chat(
         self, messages: Seq[Mapping[str, Any]], *, stream: Literal[True], **sampling: Any
@@ -249,21 +261,19 @@ class Model:
         return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
 
     def logits(self, token_ids: Seq[int]) -> torch.Tensor:
-        """Logits float32 [tokens, vocabulary] of a sequence (encoders: the output [tokens, …]), on the CPU."""
+        """Logits float32 [tokens, vocabulary] of a sequence on the CPU; an encoder's output [tokens, …]."""
         tokens = _token_list(token_ids)
         if self._engine is None:
             return self._encode([tokens])[0].float().cpu()
         parts = [part.float().cpu() for _, _, part in self._engine.score([tokens])]
         return torch.cat(parts)
 
-    def encode(
-        self, text: str | Seq[str], *, pooling: Pooling = "none"
-    ) -> torch.Tensor | list[torch.Tensor]:
+    def encode(self, text: str | Seq[str], *, pooling: Pooling = "none") -> torch.Tensor | list[torch.Tensor]:
         """Output of an encoder for one text or several, computed as one ragged batch.
 
         Args:
             text: A text, or a list of texts.
-            pooling: "none" gives [tokens, …] per text; "mean" and "first" (the leading token) one row per text.
+            pooling: "none" gives [tokens, …] per text; "mean" and "first" (leading token) one row.
 
         Returns:
             float32 on the CPU: a tensor, or a list of tensors.
@@ -280,11 +290,19 @@ class Model:
             outputs = [o[0] for o in outputs]
         return outputs[0] if isinstance(text, str) else outputs
 
+    def _tokenizer_config(self) -> dict[str, Any]:
+        config = self.artifact.json("tokenizer_config.json")
+        if config is not None and not isinstance(config, dict):
+            raise ArtifactError("tokenizer_config.json: not an object")
+        return config or {}
+
     def _encode(self, prompts: Seq[list[int]]) -> list[torch.Tensor]:
         info = self.artifact.manifest.model
         for tokens in prompts:
             if not tokens or len(tokens) > info.max_context:
-                raise InvalidInputError(f"a text of {len(tokens)} tokens: 1 to {info.max_context} are possible")
+                raise InvalidInputError(
+                    f"a text of {len(tokens)} tokens: 1 to {info.max_context} are possible"
+                )
             if min(tokens) < 0 or max(tokens) >= info.vocab_size:
                 raise InvalidInputError(f"a token id is not in the vocabulary of {info.vocab_size}")
         flat = torch.tensor([[t for p in prompts for t in p]], device=self.device)
@@ -352,14 +370,19 @@ class Model:
 class _Request:
     """A sequence of the engine together with the text that comes of it."""
 
-    def __init__(self, engine: Engine, tokens: list[int], params: SamplingParams, tokenizer: Tokenizer | None):
+    def __init__(
+        self, engine: Engine, tokens: list[int], params: SamplingParams, tokenizer: Tokenizer | None
+    ):
         self._text = TextStream(tokenizer, params.stop) if tokenizer is not None else None
         self._pieces: deque[str] = deque()
         self._ended = False
-        self.sequence: Sequence = engine.add(tokens, params, watch=self._watch if self._text is not None else None)
+        self.sequence: Sequence = engine.add(
+            tokens, params, watch=self._watch if self._text is not None else None
+        )
 
     def _watch(self, token: int) -> bool:
-        assert self._text is not None  # noqa: S101  (watched only with text)
+        if self._text is None:
+            return False
         if piece := self._text.add([token]):
             self._pieces.append(piece)
         return self._text.stopped
@@ -396,7 +419,7 @@ def _eos_token_ids(artifact: Artifact) -> tuple[int, ...]:
 
 
 def _token_list(tokens: Any) -> list[int]:
-    values = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
-    if not all(type(t) is int for t in values):
-        raise InvalidInputError("token ids must be whole numbers")
-    return values
+    try:
+        return [operator.index(t) for t in (tokens.tolist() if isinstance(tokens, torch.Tensor) else tokens)]
+    except TypeError:
+        raise InvalidInputError("token ids must be a list of whole numbers") from None

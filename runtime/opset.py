@@ -4,7 +4,7 @@ An artifact's graph is data: an op is looked up in this table by its exact
 overload name and in no other way. The aten names are those that captures of
 transformers models contain, after canonicalisation or before it; ops that
 read files, draw random numbers or resize their inputs are not among them.
-`qcompiler.*` means the ops that `qcompiler.kernels.ops` registers.
+`qcompiler.*` means the canonical ops of `qcompiler.kernels.ops`.
 """
 
 from __future__ import annotations
@@ -21,35 +21,38 @@ from qcompiler.kernels.errors import ArtifactError
 OP_LIBRARIES = {"aten": 1, "qcompiler": 1, "sym": 1}
 
 _ATEN = """
-abs.default add.Tensor add.Scalar add_.Tensor addmm.default alias.default all.default amax.default amin.default
-any.default arange.default arange.start arange.start_step argmax.default argmin.default baddbmm.default
-bitwise_and.Tensor bitwise_and.Scalar bitwise_not.default bitwise_or.Tensor bmm.default broadcast_to.default
-cat.default ceil.default chunk.default clamp.default clamp.Tensor clamp_max.default clamp_min.default
-clone.default concat.default contiguous.default copy_.default cos.default cumsum.default
-detach.default diff.default div.Tensor div.Scalar div_.Tensor div.Tensor_mode dropout.default
-einsum.default elu.default embedding.default empty.memory_format empty_like.default eq.Scalar eq.Tensor
-erf.default exp.default expand.default expand_as.default fill_.Scalar flatten.using_ints floor.default
-floor_divide.default floor_divide.Scalar full.default full_like.default gather.default ge.Scalar ge.Tensor
-gelu.default group_norm.default gt.Scalar gt.Tensor hardswish.default histc.default
-index.Tensor index_add.default index_add_.default index_put.default index_put_.default index_select.default
-isinf.default isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default lift_fresh_copy.default
-linear.default log.default log1p.default logical_and.default logical_not.default logical_or.default
-lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_fill_.Scalar matmul.default max.default max.dim
-max.other maximum.default mean.default mean.dim min.default min.dim min.other minimum.default mish.default
-mm.default mul.Tensor mul.Scalar mul_.Tensor narrow.default ne.Scalar ne.Tensor neg.default new_empty.default
-new_full.default new_ones.default new_zeros.default nonzero.default one_hot.default ones.default ones_like.default
+abs.default add.Scalar add.Tensor add_.Tensor addmm.default alias.default all.default amax.default
+amin.default any.default arange.default arange.start arange.start_step argmax.default argmin.default
+argsort.default argsort.stable baddbmm.default bincount.default bitwise_and.Scalar bitwise_and.Tensor
+bitwise_not.default bitwise_or.Tensor bmm.default broadcast_to.default cat.default ceil.default
+chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clone.default concat.default
+contiguous.default copy.default copy_.default cos.default cumsum.default detach.default diff.default
+div.Scalar div.Tensor div.Tensor_mode div_.Tensor dropout.default einsum.default elu.default
+embedding.default empty.memory_format empty_like.default eq.Scalar eq.Tensor erf.default exp.default
+expand.default expand_as.default fill_.Scalar flatten.using_ints floor.default floor_divide.Scalar
+floor_divide.default full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default
+group_norm.default _grouped_mm.default gt.Scalar gt.Tensor hardswish.default histc.default index.Tensor
+index_add.default index_add_.default index_copy.default index_put.default index_put_.default
+index_select.default isinf.default isnan.default layer_norm.default le.Scalar le.Tensor leaky_relu.default
+lift_fresh.default lift_fresh_copy.default linear.default log.default log1p.default logical_and.default
+logical_not.default logical_or.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor
+masked_fill_.Scalar matmul.default max.default max.dim max.other maximum.default mean.default mean.dim
+min.default min.dim min.other minimum.default mish.default mm.default mul.Scalar mul.Tensor mul_.Tensor
+narrow.default native_layer_norm.default ne.Scalar ne.Tensor neg.default new_empty.default new_full.default
+new_ones.default new_zeros.default nonzero.default one_hot.default ones.default ones_like.default
 outer.default permute.default polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
 reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor repeat.default
-repeat_interleave.self_int reshape.default rms_norm.default roll.default round.default rsqrt.default rsub.Scalar
-scalar_tensor.default scatter.src scatter.value scatter_.src scatter_.value scatter_add.default
-scatter_add_.default select.int sigmoid.default sign.default silu.default sin.default slice.Tensor softmax.int
-_softmax.default softplus.default sort.default split.Tensor split_with_sizes.default sqrt.default square.default
-squeeze.default squeeze.dim squeeze.dims stack.default sub.Tensor sub.Scalar sub_.Tensor sum.default
-sum.dim_IntList t.default tanh.default tile.default to.device to.dtype to.dtype_layout to.other _to_copy.default
-topk.default transpose.int tril.default triu.default true_divide.Tensor type_as.default unbind.int
-unflatten.int unsqueeze.default view.default view.dtype view_as.default view_as_complex.default
-view_as_real.default where.ScalarOther where.ScalarSelf where.self xlogy.Tensor zeros.default zeros_like.default
-_grouped_mm.default
+repeat_interleave.self_int reshape.default rms_norm.default roll.default round.default rsqrt.default
+rsub.Scalar scalar_tensor.default scatter.src scatter.value scatter_.src scatter_.value scatter_add.default
+scatter_add_.default searchsorted.Tensor select.int sigmoid.default sign.default silu.default sin.default
+slice.Tensor slice_scatter.default _softmax.default softmax.int softplus.default sort.default sort.stable
+split.Tensor split.sizes split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim
+squeeze.dims stack.default sub.Scalar sub.Tensor sub_.Tensor sum.default sum.dim_IntList t.default
+tanh.default tile.default to.device to.dtype to.dtype_layout to.other _to_copy.default topk.default
+transpose.int tril.default triu.default true_divide.Tensor type_as.default unbind.int unflatten.int
+_unsafe_view.default unsqueeze.default var.correction view.default view.dtype view_as.default
+view_as_complex.default view_as_real.default where.ScalarOther where.ScalarSelf where.self xlogy.Tensor
+zero_.default zeros.default zeros_like.default
 """
 ATEN_OPS = frozenset(f"aten.{name}" for name in _ATEN.split())
 
@@ -128,4 +131,10 @@ def _own_ops() -> frozenset[str]:
     import qcompiler.kernels.ops  # noqa: F401  (registers them)
     from qcompiler.kernels.library import registered_ops
 
-    return frozenset(f"qcompiler.{name}.default" for name in registered_ops())
+    # Only the canonical ops: those of providers take repacked weights, whose shapes nothing here checks.
+    canonical = "qcompiler.kernels.ops."
+    return frozenset(
+        f"qcompiler.{name}.default"
+        for name, op in registered_ops().items()
+        if op.reference.__module__.startswith(canonical)
+    )

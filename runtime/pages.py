@@ -1,4 +1,4 @@
-"""Paged KV cache: which pages are free, and the tensors they stand for (Kwon et al. 2023, "PagedAttention")."""
+"""Paged KV cache: which pages are free, and their tensors (Kwon et al. 2023, "PagedAttention")."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
             continue
         shape = declared.shape
         if len(shape) != 4 or not all(isinstance(s, int) for s in shape[2:]):
-            raise ArtifactError(f"graph.json: input {declared.name!r} is not [pages, page_size, heads, head_dim]")
-        specs.append(
-            PageSpec(declared.name, tuple(int(s) for s in shape[2:]), DTYPE_BY_NAME[declared.dtype])
-        )
+            raise ArtifactError(
+                f"graph.json: input {declared.name!r} is not [pages, page_size, heads, head_dim]"
+            )
+        specs.append(PageSpec(declared.name, tuple(int(s) for s in shape[2:]), DTYPE_BY_NAME[declared.dtype]))
         if isinstance(shape[1], int):
             sizes.add(shape[1])
     if len(sizes) > 1 or 0 in sizes:

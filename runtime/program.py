@@ -58,7 +58,7 @@ class _Step:
             raise
         except QCompilerError as e:
             raise type(e)(f"node {self.name!r} ({self.op}): {e.message}", hint=e.hint) from e
-        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, NotImplementedError) as e:
+        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
             reason = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
             raise GraphRunError(f"node {self.name!r} ({self.op}) failed: {reason}") from e
 

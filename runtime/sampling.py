@@ -32,7 +32,7 @@ class SamplingParams:
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
         min_p: Drop tokens less likely than this times the most likely one, in [0, 1].
-        repetition_penalty: Positive logits of tokens seen before are divided by this, negative multiplied; > 0.
+        repetition_penalty: Logits of tokens seen before are divided by this if positive, else multiplied.
         seed: Makes sampling repeatable; None draws a fresh one.
         max_tokens: Most tokens to generate.
         stop: Strings that end the text; they are not part of it.
@@ -140,7 +140,9 @@ def sample(
     if drawn:
         rows = torch.tensor(drawn, device=scores.device)
         kept = process(scores[rows], [states[i].params for i in drawn])
-        uniforms = torch.tensor([states[i].uniform() for i in drawn], dtype=torch.float64, device=scores.device)
+        uniforms = torch.tensor(
+            [states[i].uniform() for i in drawn], dtype=torch.float64, device=scores.device
+        )
         tokens[rows] = _invert(kept, uniforms)
     finite = torch.isfinite(scores.amax(-1))  # amax of a row with NaN is NaN
     return torch.where(finite, tokens, -1).tolist()

@@ -70,7 +70,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ArtifactError(f"{where}: header is not an object")
     header.pop("__metadata__", None)
-    entries = {name: _entry(f"{where}: tensor {name[:MAX_NAME]!r}", name, raw) for name, raw in header.items()}
+    entries = {
+        name: _entry(f"{where}: tensor {name[:MAX_NAME]!r}", name, raw) for name, raw in header.items()
+    }
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:

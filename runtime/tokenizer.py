@@ -8,7 +8,8 @@ become a stop string.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,11 @@ class Tokenizer:
     def __init__(self, path: Path, config: dict[str, Any] | None = None):
         from tokenizers import Tokenizer as Backend
 
-        try:
+        with _library_errors(f"{path.name}: not a tokenizer"):
             self._backend = Backend.from_str(path.read_text(encoding="utf-8"))
-        except Exception as e:  # the library raises plain Exception
-            raise ArtifactError(f"{path.name}: not a tokenizer: {str(e)[:200]}") from e
-        self._backend.no_padding()
-        self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.no_truncation()
+            self._backend.decode(self._backend.encode("a").ids)  # some faults show only in use
         self.config = config or {}
         self.special_tokens = {
             key: text for key in _SPECIAL if (text := _content(self.config.get(key))) is not None
@@ -69,12 +69,14 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise InvalidInputError(f"the text is not valid Unicode: lone surrogate at {e.start}") from None
-        self._backend.encode_special_tokens = not parse_special
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with _library_errors("the tokenizer failed on this text"):
+            self._backend.encode_special_tokens = not parse_special
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _library_errors("the tokenizer failed on these tokens"):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
@@ -131,7 +133,7 @@ class TextStream:
         self.stopped = False
 
     def add(self, ids: Sequence[int]) -> str:
-        """Text that is now certain; sets `stopped` when a stop string is complete, which ends the text before it."""
+        """Text that is now certain; a complete stop string sets `stopped` and ends the text before it."""
         return "" if self.stopped else self._release(self._detokenizer.add(ids), final=False)
 
     def finish(self) -> str:
@@ -162,6 +164,17 @@ class TextStream:
 
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """The library raises plain `Exception`, and on a file that contradicts itself a panic beyond that."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise ArtifactError(f"{what}: {str(e)[:200]}") from e
 
 
 def _content(token: Any) -> str | None:

@@ -359,7 +359,7 @@ def dequantize_affine(
     group_size: int,
     in_features: int,
 ) -> torch.Tensor:
-    """The float32 weight [N, in_features] of the tensors above: the definition that every kernel must meet."""
+    """The float32 weight [N, in_features] of the stored tensors: what every kernel must compute with."""
     codes = _unpack_codes(AffineSpec(bits, group_size), low, high, in_features)
     weight = codes.to(torch.float32)
     size = group_size or in_features

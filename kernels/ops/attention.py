@@ -103,8 +103,9 @@ def softmax_attention(
             return out.reshape(batch, heads, 1, v.shape[-1])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1)
 
-    grouped = q.float().unflatten(1, (-1, group))  # [B, Hkv, G, T, D]
-    scores = torch.matmul(grouped, k.float().transpose(-1, -2).unsqueeze(2)).mul_(scale)
+    # The heads of a group are rows of one matrix, so that no key is repeated; scores are [B, Hkv, G, T, S].
+    grouped = q.float().reshape(batch, -1, group * rows, q.shape[-1])
+    scores = torch.matmul(grouped, k.float().transpose(-1, -2)).mul_(scale).unflatten(2, (group, rows))
     if softcap > 0:
         scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
     if mask is not None:
@@ -118,7 +119,7 @@ def softmax_attention(
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sink - top)
-    out = torch.matmul(weights, v.float().unsqueeze(2)) / total
+    out = torch.matmul(weights.flatten(2, 3), v.float()).unflatten(2, (group, rows)) / total
     return out.flatten(1, 2).to(q.dtype)
 
 
@@ -188,8 +189,10 @@ def attend(
     return result
 
 
-def check_heads(q_heads: int, k_heads: int, v_heads: int, q_dim: int, k_dim: int) -> None:
-    """Raise `InvalidInputError` unless the head counts and head dimensions fit together."""
+def check_heads(q_heads: int, k_heads: int, v_heads: int, q_dim: int, k_dim: int, scale: float) -> None:
+    """Raise `InvalidInputError` unless head counts and dimensions fit together and the scale is positive."""
+    if not scale > 0:
+        raise InvalidInputError(f"attention: scale {scale} is not positive")
     if k_heads != v_heads or q_heads % k_heads != 0:
         raise InvalidInputError(
             f"attention: {q_heads} query heads cannot share {k_heads} key and {v_heads} value heads",
@@ -210,7 +213,7 @@ def _reference(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3], scale)
     return attend(
         q, k, v, scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, sinks=sinks
     )
@@ -227,7 +230,7 @@ def _fake(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3], scale)
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 

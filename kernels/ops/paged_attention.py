@@ -13,7 +13,9 @@ import torch
 from qcompiler.kernels.library import register_op
 from qcompiler.kernels.ops.attention import attend, check_heads, softmax_attention
 
-# Padding every sequence to the longest wins over a loop until this much of the gathered cache is padding.
+# Attending all decoded sequences at once, padded to the longest, saves the per-sequence overhead. It loses to
+# the loop once the copy of the keys leaves the core's cache (bytes), or is mostly padding (padded over real).
+_MAX_BATCHED = 2 << 20
 _MAX_PADDING = 2.0
 
 
@@ -32,14 +34,16 @@ def _reference(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3])
+    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3], scale)
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     live = [s for s, n in enumerate(lengths) if n > 0 and starts[s + 1] > starts[s]]
     out = q.new_zeros(q.shape[0], q.shape[1], v_pages.shape[-1])
 
     decode = all(starts[s + 1] - starts[s] == 1 for s in live)
     padded = max((lengths[s] for s in live), default=0) * len(live)
-    if decode and causal and len(live) > 1 and padded <= _MAX_PADDING * sum(lengths[s] for s in live):
+    small = padded * k_pages.stride(1) * k_pages.element_size() <= _MAX_BATCHED
+    dense = padded <= _MAX_PADDING * sum(lengths[s] for s in live)
+    if decode and causal and len(live) > 1 and small and dense:
         index = torch.tensor(live, device=q.device)
         rows = query_start[index].long()
         out[rows] = _decode(
@@ -81,8 +85,16 @@ def _gather(pages: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tens
     if indices == list(range(first, first + len(indices))) and pages.is_contiguous():
         rows = pages[first : first + len(indices)]
     else:
-        rows = pages[table.long()]
+        rows = pages.index_select(0, table)
     return rows.flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
+
+
+def _rows(pages: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Cache rows [*slots.shape, H, D] of the slots."""
+    page_size = pages.shape[1]
+    if pages.stride(0) != page_size * pages.stride(1):  # flattening would copy the cache
+        return pages[slots // page_size, slots % page_size]
+    return pages.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape)
 
 
 def _decode(
@@ -109,14 +121,13 @@ def _decode(
     offsets = torch.arange(int(counts.max()), device=q.device)
     # Padding repeats the last visible key: slots outside the sequence may hold anything, NaN included.
     keys = torch.minimum(low[:, None] + offsets, lengths[:, None] - 1)
-    page = torch.gather(block_table.long(), 1, keys // page_size)
-    slot = keys % page_size
+    slots = torch.gather(block_table.long(), 1, keys // page_size) * page_size + keys % page_size
     uniform = bool((counts == offsets.numel()).all())
     mask = None if uniform else (offsets < counts[:, None])[:, None, None, :]
     out = softmax_attention(
         q.unsqueeze(2),
-        k_pages[page, slot].transpose(1, 2),
-        v_pages[page, slot].transpose(1, 2),
+        _rows(k_pages, slots).transpose(1, 2),
+        _rows(v_pages, slots).transpose(1, 2),
         mask,
         scale,
         softcap,
@@ -140,7 +151,7 @@ def _fake(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3])
+    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3], scale)
     return q.new_empty((q.shape[0], q.shape[1], v_pages.shape[3]))
 
 

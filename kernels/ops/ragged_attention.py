@@ -23,7 +23,7 @@ def _reference(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2], scale)
     starts = query_start.tolist()
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     lengths = {last - first for first, last in pairwise(starts)}
@@ -53,7 +53,7 @@ def _fake(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2], scale)
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 

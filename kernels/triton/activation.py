@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.ops.gated_activation import check_approximate
 from qcompiler.kernels.triton.launch import as_rows, on_device
 

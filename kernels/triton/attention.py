@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.ops.attention import attend, check_heads
 from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_kernel
@@ -101,7 +102,7 @@ def dense_attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """`qcompiler::attention` by the ragged kernel: the batch laid end to end."""
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[3], k.shape[3], scale)
     batch, _, rows, _ = q.shape
     steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     out = _prefill(
@@ -136,7 +137,7 @@ def ragged_attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """CUDA provider of `qcompiler::ragged_attention`."""
-    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2])
+    check_heads(q.shape[1], k.shape[1], v.shape[1], q.shape[2], k.shape[2], scale)
     return _prefill(
         q, k, v, None, query_start, query_start, max_query_len, scale, causal, window, chunk, softcap, sinks
     )
@@ -158,7 +159,7 @@ def paged_attention(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """CUDA provider of `qcompiler::paged_attention`."""
-    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3])
+    check_heads(q.shape[1], k_pages.shape[2], v_pages.shape[2], q.shape[2], k_pages.shape[3], scale)
     options = (scale, causal, window, chunk, softcap, sinks)
     if max_query_len == 1:
         return _decode(q, k_pages, v_pages, block_table, query_start, seq_lens, *options)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 
@@ -114,7 +115,8 @@ def decode_kernel(
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, True, PAGE_SIZE, PRECISION, True,
     )  # fmt: skip
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # no key seen: acc is 0 and top −inf already
+    acc = acc / total[:, None]
     if SPLITS == 1:
         at = token * stride_out_token + head[:, None] * stride_out_head + dv[None, :]
         tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dv[None, :] < DV))

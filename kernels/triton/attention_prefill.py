@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 

@@ -100,9 +100,10 @@ def attend_tiles(
         if SOFTCAP:
             # tanh(x) = 1 − 2 / (1 + exp(2x)), exact at both ends when exp overflows or vanishes
             grown = tl.exp2(scores * (2.0 * LOG2E * scale / softcap))
-            scores = (1.0 - 2.0 / (1.0 + grown)) * (softcap * LOG2E)
+            scores = 1.0 - 2.0 / (1.0 + grown)
+            unit = softcap * LOG2E
         else:
-            scores = scores * (scale * LOG2E)
+            unit = scale * LOG2E
 
         if MASKED:
             seen = keys[None, :] < limit
@@ -116,13 +117,14 @@ def attend_tiles(
             if CHUNK > 0:
                 seen = seen & (positions[:, None] // CHUNK == keys[None, :] // CHUNK)
             scores = tl.where(seen, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
+            new_top = tl.maximum(top, tl.max(scores, 1) * unit)
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen no key yet
         else:
-            new_top = tl.maximum(top, tl.max(scores, 1))
+            new_top = tl.maximum(top, tl.max(scores, 1) * unit)
             base = new_top
 
-        weights = tl.exp2(scores - base[:, None])
+        # unit > 0 lets the maximum be taken before scaling: one fused multiply-add and one exp2 per score
+        weights = tl.exp2(scores * unit - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]

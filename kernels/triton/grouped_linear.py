@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.ops.grouped_linear import check_shapes
 from qcompiler.kernels.triton.launch import next_power_of_2, on_device
 

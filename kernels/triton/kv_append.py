@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.triton.launch import next_power_of_2, on_device
 

@@ -18,7 +18,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
-from qcompiler.kernels.triton.linear_affine_codes import MAGIC_BFLOAT16, MAGIC_FLOAT16, MAGIC_FLOAT32
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear_affine_gemv import (
     dequantize_affine_kernel,
@@ -45,6 +44,12 @@ def linear_affine_triton(
 ) -> torch.Tensor:
     """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
     check_linear_affine(x, low, high, scales, bits, group_size, in_features)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(x.device):
+            return linear_affine_triton(
+                x, low, high, scales, zeros, bias, bits, group_size, in_features, config
+            )
     out_features = low.shape[0]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
@@ -92,19 +97,14 @@ def _fused(
     if gemv:
         pairs = x.dtype != torch.float32 and in_features % 2 == 0 and x.stride(0) % 2 == 0
         pairs = pairs and x.data_ptr() % 4 == 0
-        magic = MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16
         grid = (triton.cdiv(out_features, config.block_n), split)
         extra = {"PAIRS": pairs}
-        source = x.view(torch.int32) if pairs else x
-        stride = x.stride(0)
     else:
-        magic = MAGIC_FLOAT16 if half == tl.float16 else MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16
         grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
-        extra = {"EVEN_K": in_features % tile == 0}
-        source, stride = x, x.stride(0)
+        extra = {}
     kernel = linear_affine_gemv if gemv else linear_affine_gemm
     kernel[grid](
-        source,
+        x,
         low,
         high if high is not None else low,
         scales,
@@ -116,15 +116,15 @@ def _fused(
         in_features,
         num_groups(group_size, in_features),
         words,
-        stride,
+        x.stride(0),
         tiles_per_split,
-        magic,
         BITS=bits,
         GROUP=group_size,
         WIDTH=width,
         BN=config.block_n,
         BM=config.block_m,
         SPLIT=split,
+        EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
         HALF=half,
         COMPILED=COMPILED,
@@ -172,7 +172,6 @@ def dequantize_triton(
         in_features,
         num_groups(group_size, in_features),
         words,
-        MAGIC_FLOAT32 if bits == 8 else MAGIC_BFLOAT16,
         BITS=bits,
         GROUP=group_size,
         WIDTH=width,

@@ -1,10 +1,11 @@
 """Decoding of the affine format's words inside Triton kernels; the layout is told in `formats/affine.py`.
 
 A code becomes a float without an int-to-float conversion: or-ed into the low
-mantissa bits of a power of two ("magic"), it reads as base + code, which one
-exact subtraction turns into code − 2^(bits−1). The magic is passed in as a
-runtime integer: were it a constant, `(word & mask) | magic` would have two
-immediates and cost two LOP3 instead of one (seen in SASS).
+mantissa bits of a power of two, it reads as power + code (bf16 0x4300 is 128,
+fp16 0x6400 is 1024, float32 0x4B000000 is 2^23), which one exact subtraction
+turns into code − 2^(bits−1). The few lines of assembly are single
+instructions that the compiler does not find by itself; COMPILED=False gives
+the same values in plain Triton, for the interpreter.
 """
 
 from __future__ import annotations
@@ -12,11 +13,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two halves of a register at once: bf16 0x4300 is 128, fp16 0x6400 is 1024; one unit of mantissa is 1.
-MAGIC_BFLOAT16 = 0x43004300
-MAGIC_FLOAT16 = 0x64006400
-# One float32: 0x4B000000 is 2^23.
-MAGIC_FLOAT32 = 0x4B000000
+
+@triton.jit
+def _mask_or(word, kept, MASK: tl.constexpr, COMPILED: tl.constexpr):
+    """(word & MASK) | kept; one LOP3, where two immediates would make the compiler emit two."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            "=r,r,r,r",
+            [word, tl.full(word.shape, MASK, tl.int32), kept],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (word & MASK) | kept
 
 
 @triton.jit
@@ -30,37 +41,42 @@ def spread_high(high, BITS: tl.constexpr):
 
 
 @triton.jit
-def plane_bits(low, high, magic, j: tl.constexpr, BITS: tl.constexpr):
-    """Codes 2i and 2i+1 of plane j in the two halves of an int32, or-ed with `magic`.
+def plane_bits(low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constexpr, COMPILED: tl.constexpr):
+    """Codes 2i and 2i+1 of plane j in the two halves of an int32, or-ed with MAGIC.
 
     `low` int32 words, `high` what `spread_high` gave (ignored where the bits have no upper part).
     """
     LOW: tl.constexpr = 2 if BITS < 4 else (4 if BITS < 8 else 8)
     MASK: tl.constexpr = ((1 << LOW) - 1) * 0x00010001
-    pair = ((low >> (LOW * j)) & MASK) | magic
+    pair = _mask_or(low >> (LOW * j), tl.full(low.shape, MAGIC, tl.int32), MASK, COMPILED)
     if BITS == 3 or BITS == 5 or BITS == 6:
         HIGH: tl.constexpr = BITS - LOW
         HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << LOW) * 0x00010001
         SHIFT: tl.constexpr = HIGH * j - LOW
         if SHIFT >= 0:
-            pair = ((high >> SHIFT) & HIGH_MASK) | pair
+            pair = _mask_or(high >> SHIFT, pair, HIGH_MASK, COMPILED)
         else:
-            pair = ((high << (-SHIFT)) & HIGH_MASK) | pair
+            pair = _mask_or(high << (-SHIFT), pair, HIGH_MASK, COMPILED)
     return pair
 
 
 @triton.jit
 def interleave(even, odd):
-    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; no instruction where both sit in
-    one thread."""
+    """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; free where a thread has both."""
     return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
 
 
 @triton.jit
 def _pair_of(value, HALF: tl.constexpr):
     """A float32 rounded to HALF, twice in an int32."""
-    bits = value.to(HALF).to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (bits | (bits << 16)).to(tl.int32, bitcast=True)
+    if HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [value], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -85,8 +101,9 @@ def _halves(pair, HALF: tl.constexpr):
 
 
 @triton.jit
-def _byte_float(word, magic, byte: tl.constexpr, COMPILED: tl.constexpr):
+def _byte_float(word, byte: tl.constexpr, COMPILED: tl.constexpr):
     """2^23 + one byte of the word, as float32."""
+    magic = tl.full(word.shape, 0x4B000000, tl.int32)
     if COMPILED:
         if byte == 0:
             bits = tl.inline_asm_elementwise(
@@ -113,7 +130,6 @@ def _byte_float(word, magic, byte: tl.constexpr, COMPILED: tl.constexpr):
 def dequantize_plane(
     low,
     high,
-    magic,
     scale,
     offset,
     j: tl.constexpr,
@@ -131,14 +147,15 @@ def dequantize_plane(
     """
     CENTRE: tl.constexpr = 1 << (BITS - 1)
     if BITS == 8 and HALF == tl.bfloat16:
-        even = _byte_float(low, magic, j, COMPILED) - (8388608.0 + CENTRE)
-        odd = _byte_float(low, magic, j + 2, COMPILED) - (8388608.0 + CENTRE)
+        even = _byte_float(low, j, COMPILED) - (8388608.0 + CENTRE)
+        odd = _byte_float(low, j + 2, COMPILED) - (8388608.0 + CENTRE)
         weight = interleave(even, odd) * scale + offset
         if COMPILED:
             weight = weight.to(HALF)
         return weight
     else:
-        pair = plane_bits(low, high, magic, j, BITS)
+        MAGIC: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
+        pair = plane_bits(low, high, j, BITS, MAGIC, COMPILED)
         if COMPILED:
             # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
             # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
@@ -153,18 +170,15 @@ def dequantize_plane(
 
 
 @triton.jit
-def plane_floats(low, high, magic, j: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.constexpr):
+def plane_floats(low, high, j: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.constexpr):
     """Codes 2i and 2i+1 of plane j as two float32 tensors, each plus 128, or minus 128 for 8 bits.
 
-    `magic` is MAGIC_BFLOAT16, or MAGIC_FLOAT32 for 8 bits. A bf16 pattern in
-    the upper half of a register is the float32 of the same value.
+    A bf16 pattern in the upper half of a register is the float32 of the same value.
     """
     if BITS == 8:
-        return _byte_float(low, magic, j, COMPILED) - 8388736.0, _byte_float(
-            low, magic, j + 2, COMPILED
-        ) - 8388736.0
+        return _byte_float(low, j, COMPILED) - 8388736.0, _byte_float(low, j + 2, COMPILED) - 8388736.0
     else:
-        pair = plane_bits(low, high, magic, j, BITS)
+        pair = plane_bits(low, high, j, BITS, 0x43004300, COMPILED)
         even = (pair << 16).to(tl.float32, bitcast=True)
         odd = (pair & -65536).to(tl.float32, bitcast=True)
         return even, odd

@@ -5,6 +5,12 @@ registers. Each word is loaded once; each of its planes is a contiguous run of
 x and one small dot into one accumulator. The weight enters the dot as
 (code − 2^(bits−1))·scale + (2^(bits−1) − zero)·scale, one fma in x's dtype;
 sums are float32.
+
+Instructions per weight of the 4-bit loop for sm_90, counted in SASS (triton
+3.6, 16 tokens): 4.0 with 64 output channels per program, 3.2 with 128; no
+spills. Of the former 1.0 is the two fmas of a pair, 0.5 masks, 0.4 shifts;
+most of the rest loads and converts scales and zeros. Weights are read 16
+bytes at a time into shared memory and reach wgmma through registers.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, sprea
 
 @triton.jit
 def _scale_and_offset(scales, zeros, at, CENTRE: tl.constexpr):
-    """scale and (centre − zero)·scale, float32."""
+    """Scale and (centre − zero)·scale, float32."""
     scale = tl.load(scales + at).to(tl.float32)
     return scale, (CENTRE - tl.load(zeros + at).to(tl.float32)) * scale
 
@@ -38,7 +44,6 @@ def linear_affine_gemm(
     words,
     x_stride,
     tiles_per_split,
-    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -110,7 +115,7 @@ def linear_affine_gemm(
             else:
                 groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
                 scale, offset = _scale_and_offset(scales, zeros, groups[None, :] * N + row[:, None], CENTRE)
-            weight = dequantize_plane(word, upper, magic, scale, offset, j, BITS, HALF, COMPILED)
+            weight = dequantize_plane(word, upper, scale, offset, j, BITS, HALF, COMPILED)
             acc = tl.dot(weight, xt, acc, input_precision="ieee")
 
     if HAS_BIAS:

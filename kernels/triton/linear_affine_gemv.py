@@ -14,10 +14,11 @@ from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_float
 
 
 @triton.jit
-def _x_pair(x, at, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
-    """Neighbours x[at] and x[at + 1] as float32; PAIRS: x is a pointer to int32 that hold two of them."""
+def _x_pair(x, at, present, K, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, HALF: tl.constexpr):
+    """x[2·at] and x[2·at + 1] as float32, 0 from K on; PAIRS: 16-bit x, both in one int32 load."""
     if PAIRS:
-        pair = tl.load(x + at // 2, mask=mask, other=0)
+        mask = present if EVEN_K else present & (2 * at < K)
+        pair = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
         if HALF == tl.bfloat16:
             return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
         else:
@@ -25,7 +26,9 @@ def _x_pair(x, at, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
             odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True)
             return even.to(tl.float32), odd.to(tl.float32)
     else:
-        return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0.0
+        even = tl.load(x + 2 * at, mask=present if EVEN_K else present & (2 * at < K), other=0.0)
+        odd = tl.load(x + 2 * at + 1, mask=present if EVEN_K else present & (2 * at + 1 < K), other=0.0)
+        return even.to(tl.float32), odd.to(tl.float32)
 
 
 @triton.jit
@@ -44,7 +47,6 @@ def linear_affine_gemv(
     words,
     x_stride,
     tiles_per_split,
-    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -52,13 +54,14 @@ def linear_affine_gemv(
     BM: tl.constexpr,
     SPLIT: tl.constexpr,
     PAIRS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """Grid (cdiv(N, BN), SPLIT); M ≤ BM.
 
-    x [M, K] rows x_stride apart (or the same memory as int32, with PAIRS);
+    x [M, K] rows x_stride apart; PAIRS needs even K, even x_stride and x on a 4-byte boundary.
     out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
@@ -71,18 +74,19 @@ def linear_affine_gemv(
     pid_n = tl.program_id(0)
     split = tl.program_id(1)
     rn = pid_n * BN + tl.arange(0, BN)
-    rm = tl.arange(0, BM)
     row = tl.minimum(rn, N - 1)
     column = tl.arange(0, LANES // 2)
+    # Half the position in K, in plane 0 of the first tile, of the two codes in a word.
     if WIDTH == LANES:
-        position = 2 * column
+        position = column
     else:
-        position = (2 * column // WIDTH) * BLOCK + 2 * column % WIDTH
+        position = column // (WIDTH // 2) * (BLOCK // 2) + column % (WIDTH // 2)
     word_rows = row.to(tl.int64)[:, None] * words
-    x_rows = rm[:, None] * x_stride
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
-    acc = tl.zeros((BM, BN, LANES // 2), dtype=tl.float32)
+    sums = ()
+    for _ in tl.static_range(BM):
+        sums = sums + (tl.zeros((BN, LANES // 2), dtype=tl.float32),)  # type: ignore[assignment]
     for tile in range(first, last):
         at = tile * (LANES // 2) + column
         if WIDTH != LANES:
@@ -92,31 +96,29 @@ def linear_affine_gemv(
         if HAS_HIGH:
             upper = spread_high(tl.load(high + word_rows + at[None, :]), BITS)
         for j in tl.static_range(PLANES):
-            k = tile * TILE + j * WIDTH + position
-            in_x = (rm[:, None] < M) & (k[None, :] < K)
-            even_x, odd_x = _x_pair(x, x_rows + k[None, :], in_x, PAIRS, HALF)
-            if not PAIRS:
-                in_x = (rm[:, None] < M) & (k[None, :] + 1 < K)
-                odd_x, _ = _x_pair(x, x_rows + k[None, :] + 1, in_x, PAIRS, HALF)
-            even, odd = plane_floats(word, upper, magic, j, BITS, COMPILED)
+            pair = (tile * (TILE // 2) + j * (WIDTH // 2) + position)[None, :]
             if WIDTH == LANES:
                 group = tl.minimum((tile * TILE + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else 0
-                scale = tl.load(scales + group * N + row).to(tl.float32)[None, :, None]
-                zero = tl.load(zeros + group * N + row).to(tl.float32)[None, :, None]
+                at_scale = (group * N + row)[:, None]
             else:
-                groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
-                scale = tl.load(scales + groups[None, :] * N + row[:, None]).to(tl.float32)[None, :, :]
-                zero = tl.load(zeros + groups[None, :] * N + row[:, None]).to(tl.float32)[None, :, :]
-            product = even[None, :, :] * even_x[:, None, :] + odd[None, :, :] * odd_x[:, None, :]
-            product -= (zero + CODE_BIAS) * (even_x + odd_x)[:, None, :]
-            acc += scale * product
+                groups = tl.minimum(2 * pair // GROUP, GROUPS - 1) if GROUP else pair * 0
+                at_scale = groups * N + row[:, None]
+            scale = tl.load(scales + at_scale).to(tl.float32)
+            zero = tl.load(zeros + at_scale).to(tl.float32) + CODE_BIAS
+            even, odd = plane_floats(word, upper, j, BITS, COMPILED)
+            grown = ()
+            for m in tl.static_range(BM):
+                even_x, odd_x = _x_pair(x + m * x_stride, pair, m < M, K, PAIRS, EVEN_K, HALF)
+                product = even * even_x + odd * odd_x - zero * (even_x + odd_x)
+                grown = grown + (sums[m] + scale * product,)  # type: ignore[assignment]
+            sums = grown
 
-    y = tl.sum(acc, axis=2)
-    if HAS_BIAS:
-        y += tl.load(bias + row).to(tl.float32)[None, :]
     out += split.to(tl.int64) * M * N
-    mask = (rm[:, None] < M) & (rn[None, :] < N)
-    tl.store(out + rm[:, None] * N + rn[None, :], y.to(out.dtype.element_ty), mask=mask)
+    for m in tl.static_range(BM):
+        y = tl.sum(sums[m], axis=1)
+        if HAS_BIAS:
+            y += tl.load(bias + row).to(tl.float32)
+        tl.store(out + m * N + rn, y.to(out.dtype.element_ty), mask=(rn < N) & (m < M))
 
 
 @triton.jit
@@ -130,7 +132,6 @@ def dequantize_affine_kernel(
     K,
     GROUPS,
     words,
-    magic,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -156,7 +157,7 @@ def dequantize_affine_kernel(
     if HAS_HIGH:
         upper = spread_high(tl.load(high + words_at), BITS)
     for j in tl.static_range(PLANES):
-        even, odd = plane_floats(word, upper, magic, j, BITS, COMPILED)
+        even, odd = plane_floats(word, upper, j, BITS, COMPILED)
         codes = interleave(even, odd)
         k = tile * PLANES * LANES + j * WIDTH + position
         if WIDTH == LANES:
@@ -174,7 +175,9 @@ def dequantize_affine_kernel(
 
 
 @triton.jit
-def sum_partials(partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_partials(
+    partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < MN

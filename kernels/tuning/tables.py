@@ -27,7 +27,7 @@ class LinearConfig:
     """How one linear runs.
 
     Args:
-        kind: "gemv" (float32 units), "gemm" (tensor cores, fused) or "dense" (dequantize, then a library matmul).
+        kind: "gemv" (float32 units), "gemm" (tensor cores, fused) or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features.
@@ -89,21 +89,22 @@ def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
 def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
     """A sane configuration where nothing was measured.
 
-    One token runs on the float32 units, up to 512 on tensor cores with the
-    weight dequantized in registers; beyond that the weight would be
-    dequantized too often, so it is written out once. float32 activations
-    never use tensor cores, which would round them.
+    Up to 512 tokens run on tensor cores with the weight dequantized in
+    registers (one token too: that loop takes 4 instructions per weight, the
+    GEMV's 5.5, counted in SASS); beyond that the weight would be dequantized
+    too often, so it is written out once. float32 activations never use tensor
+    cores, which would round them: few take the GEMV.
     """
     if dtype == "float32":
-        if tokens > 8:
+        if tokens > 4:
             return LinearConfig("dense")
         kind = "gemv"
     elif tokens > 512:
         return LinearConfig("dense")
     else:
-        kind = "gemv" if tokens == 1 else "gemm"
+        kind = "gemm"
     if kind == "gemv":
-        block_n, block_m, warps, stages = 16, token_bucket(tokens), 4, 2
+        block_n, block_m, warps, stages = max(16, 64 // token_bucket(tokens)), token_bucket(tokens), 4, 2
     elif tokens <= 64:
         block_n, block_m, warps, stages = 64, max(16, token_bucket(tokens)), 4, 3
     else:

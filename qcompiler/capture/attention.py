@@ -83,7 +83,9 @@ def attention_forward(
     where = type(module).__name__
     for name, given in others.items():
         if name not in _INERT and given is not None and given is not False:
-            raise UnsupportedModelError(f"{where} passes {name!r} to its attention, which the attention op cannot express")
+            raise UnsupportedModelError(
+                f"{where} passes {name!r} to its attention, which the attention op cannot express"
+            )
     if dropout:
         raise UnsupportedModelError(f"{where} applies dropout {dropout} in its attention outside of training")
     spec = _visibility(module, attention_mask, sliding_window, is_causal)
@@ -106,8 +108,8 @@ def _visibility(
         spec = spec_of(mask)
         if spec is None:
             raise UnsupportedModelError(
-                f"{where} is given an attention mask that the model computed itself (an ALiBi or other bias); "
-                "the attention op takes none"
+                f"{where} is given an attention mask that the model computed itself "
+                "(an ALiBi or other bias); the attention op takes none"
             )
         # The mask is what the eager implementation obeys, the argument what flash attention obeys.
         if spec.causal and window and spec.window != window:
@@ -117,7 +119,11 @@ def _visibility(
         return spec
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", None)
     if causal is None:
-        raise UnsupportedModelError(f"{where} says neither by a mask nor by is_causal which keys its queries see")
+        raise UnsupportedModelError(
+            f"{where} says neither by a mask nor by is_causal which keys its queries see"
+        )
     if window and not causal:
-        raise UnsupportedModelError(f"{where} is bidirectional with sliding_window={window} but without a mask")
+        raise UnsupportedModelError(
+            f"{where} is bidirectional with sliding_window={window} but without a mask"
+        )
     return MaskSpec(causal=bool(causal), window=window)

@@ -8,6 +8,8 @@ batch. Everything stays row-wise in the tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
@@ -24,7 +26,7 @@ def register() -> None:
 
 
 def experts_forward(
-    module: torch.nn.Module, hidden: torch.Tensor, expert_index: torch.Tensor, expert_weight: torch.Tensor
+    module: Any, hidden: torch.Tensor, expert_index: torch.Tensor, expert_weight: torch.Tensor
 ) -> torch.Tensor:
     """Routed experts: `sum_k weight[t, k] · expert[index[t, k]](hidden[t])`.
 
@@ -48,7 +50,9 @@ def experts_forward(
     rows = hidden[order // top_k]
     # cumulative ends: how many of the sorted rows belong to experts 0..e
     count = _num_experts(module)
-    ends = torch.searchsorted(sorted_experts, torch.arange(count, device=hidden.device), right=True).to(torch.int32)
+    ends = torch.searchsorted(sorted_experts, torch.arange(count, device=hidden.device), right=True).to(
+        torch.int32
+    )
 
     has_gate = getattr(module, "has_gate", True)
     up = _grouped(module, rows, "gate_up_proj" if has_gate else "up_proj", ends)
@@ -63,13 +67,17 @@ def experts_forward(
     return restored.reshape(tokens, top_k, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _num_experts(module: torch.nn.Module) -> int:
+def _num_experts(module: Any) -> int:
     return int(module.down_proj.shape[0])
 
 
-def _grouped(module: torch.nn.Module, rows: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:
+def _grouped(module: Any, rows: torch.Tensor, name: str, ends: torch.Tensor) -> torch.Tensor:
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if getattr(module, "has_bias", False) else None
     if weight.ndim != 3:
-        raise UnsupportedModelError(f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}, expected 3-D")
-    return torch.ops.qcompiler.grouped_linear(rows, weight, ends, bias, getattr(module, "is_transposed", False))
+        raise UnsupportedModelError(
+            f"{type(module).__name__}.{name} has shape {tuple(weight.shape)}, expected 3-D"
+        )
+    return torch.ops.qcompiler.grouped_linear(
+        rows, weight, ends, bias, getattr(module, "is_transposed", False)
+    )

@@ -18,8 +18,9 @@ from torch._dynamo.exc import UserError, UserErrorType
 from qcompiler.capture.buffers import materialize_buffers
 from qcompiler.capture.graph import GraphBuilder
 from qcompiler.capture.ragged import check_ragged, indices_to_positions
+from qcompiler.capture.refusals import refuse_by_structure
 from qcompiler.capture.rope import freeze_rope
-from qcompiler.capture.source import ModelSource
+from qcompiler.capture.source import ModelSource, build_skeleton
 from qcompiler.kernels.errors import QCompilerError, UnsupportedModelError
 
 # Tokens of the example that is traced: unlike any dimension of a model, so that no size is mistaken for T.
@@ -33,8 +34,8 @@ class CapturedModel:
     """A model as a graph.
 
     Attributes:
-        graph: Placeholders `input_ids` and `position_ids` int64 [1, T] (encoders that have them: `token_type_ids`),
-            one output [1, T, …]. Weights are meta tensors under their state-dict names.
+        graph: Placeholders `input_ids` and `position_ids` int64 [1, T] (`token_type_ids` where an encoder has
+            them), one output [1, T, …]. Weights are meta tensors under their state-dict names.
         config: The transformers config as JSON.
         kind: "decoder" (causal) or "encoder" (bidirectional).
         vocab_size: Rows of the input embedding.
@@ -56,7 +57,9 @@ class CapturedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def capture(source: ModelSource, dtype: torch.dtype | None = None, *, max_context: int | None = None) -> CapturedModel:
+def capture(
+    source: ModelSource, dtype: torch.dtype | None = None, *, max_context: int | None = None
+) -> CapturedModel:
     """Export a model to a graph over ragged tokens.
 
     Args:
@@ -77,9 +80,8 @@ def capture(source: ModelSource, dtype: torch.dtype | None = None, *, max_contex
 
 
 def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | None) -> CapturedModel:
-    from qcompiler.capture.source import build_skeleton
-
     model = build_skeleton(source.model_class, source.config, dtype)
+    refuse_by_structure(model)
     frozen = freeze_rope(model, max_context)
     wrapper = _Forward(model)
     program = _export(wrapper, model.config.model_type)
@@ -108,7 +110,7 @@ def _capture(source: ModelSource, dtype: torch.dtype | None, max_context: int | 
     if frozen:
         notes.append(f"rotary frequencies frozen for sequences of at most {max_context} tokens")
     config = source.config.to_dict()
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     gm.meta["kind"] = kind
     return CapturedModel(
         graph=gm,
@@ -129,15 +131,12 @@ class _Forward(torch.nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         accepted = inspect.signature(model.forward).parameters
-        if "position_ids" not in accepted:
-            raise UnsupportedModelError(
-                "its forward takes no position_ids, so tokens of several sequences cannot stand in one batch row "
-                "(ALiBi and recurrent models place tokens by where they stand)"
-            )
         setattr(self, _PREFIX, model)
-        self.options = {"use_cache": False} if "use_cache" in accepted else {}
+        self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         self.options["return_dict"] = True
-        self.takes_token_types = "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 0
+        self.takes_token_types = (
+            "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 0
+        )
         self.position_offset = _position_offset(model)
 
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -156,11 +155,11 @@ class _Forward(torch.nn.Module):
 
 
 def _position_offset(model: Any) -> int:
-    """Where a model's positions begin: RoBERTa-like tables keep row `padding_idx` for padding and count from the next."""
+    """Where a model's positions begin; RoBERTa-like tables count from the row after `padding_idx`."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding):
-            if module.padding_idx is not None:
-                return module.padding_idx + 1
+        table = name.rpartition(".")[2] == "position_embeddings" and isinstance(module, torch.nn.Embedding)
+        if table and module.padding_idx is not None:
+            return module.padding_idx + 1
     return 0
 
 
@@ -172,7 +171,8 @@ def _export(wrapper: _Forward, model_type: str) -> torch.export.ExportedProgram:
             try:
                 return torch.export.export(wrapper, example, strict=False, dynamic_shapes=shapes)
             except UserError as error:
-                # torch's solver gives up on guards such as T·min(64, 64·T) = 64·T; kept as assertions, they can be tried
+                # torch's solver gives up on guards such as T·min(64, 64·T) = 64·T;
+                # kept as assertions in the graph, they can be tried
                 if error.error_type != UserErrorType.CONSTRAINT_VIOLATION:
                     raise
                 program = torch.export.export(
@@ -186,7 +186,15 @@ def _export(wrapper: _Forward, model_type: str) -> torch.export.ExportedProgram:
         return program
     except QCompilerError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        IndexError,
+        AssertionError,
+    ) as error:
         cause = _refusal_within(error)
         if cause is not None:
             raise cause from error
@@ -206,9 +214,13 @@ def _check_assertions(program: torch.export.ExportedProgram) -> None:
         condition = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
         if isinstance(condition, torch.SymBool):
             expression = condition.node.expr
-            failed = [t for t in _TRIED_TOKENS if not expression.subs({s: t for s in expression.free_symbols})]
+            failed = [
+                t for t in _TRIED_TOKENS if not expression.subs(dict.fromkeys(expression.free_symbols, t))
+            ]
             if failed:
-                raise UnsupportedModelError(f"its forward does not work for {failed[0]} tokens: it needs {expression}")
+                raise UnsupportedModelError(
+                    f"its forward does not work for {failed[0]} tokens: it needs {expression}"
+                )
 
 
 def _refusal_within(error: BaseException | None) -> UnsupportedModelError | None:

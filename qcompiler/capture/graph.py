@@ -83,7 +83,9 @@ class GraphBuilder:
             elif spec.kind == InputKind.CONSTANT_TENSOR:
                 constant = self.program.constants[spec.target]
                 if constant.is_meta and constant.numel():
-                    raise UnsupportedModelError(f"its forward makes a constant ({node.name}) whose value is lost")
+                    raise UnsupportedModelError(
+                        f"its forward makes a constant ({node.name}) whose value is lost"
+                    )
                 env[node] = _Attribute(spec.target.replace(f"{self.prefix}.", "", 1), constant, node.meta)
             else:
                 raise UnsupportedModelError(f"the exported program takes an input of kind {spec.kind.name}")
@@ -122,7 +124,9 @@ class GraphBuilder:
             return env[_node(node.args[0])]
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._inline(node, env)
-        if getattr(target, "__name__", "") == "getitem" and isinstance(env[_node(node.args[0])], (tuple, list)):
+        if getattr(target, "__name__", "") == "getitem" and isinstance(
+            env[_node(node.args[0])], (tuple, list)
+        ):
             return env[_node(node.args[0])][node.args[1]]
         if target in _CASTS:
             return self._cast(node, env)
@@ -135,7 +139,7 @@ class GraphBuilder:
         return copied
 
     def _cast(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        """All tensors of the graph live on one device, so a move is a cast, and a cast to the same dtype nothing."""
+        """All tensors live on one device, so a move is a cast, and a cast to the same dtype nothing."""
         source = _node(node.args[0])
         before, after = source.meta["val"].dtype, node.meta["val"].dtype
         if before == after:
@@ -147,7 +151,8 @@ class GraphBuilder:
 
     def _cat(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """A cat without its empty parts (the cache of a model that keeps one regardless of use_cache)."""
-        parts = [part for part in node.args[0] if part.meta["val"].numel() != 0]  # type: ignore[union-attr]
+        given: Any = node.args[0]
+        parts = [part for part in given if not _is_empty(part.meta["val"])]
         if len(parts) == 1:
             return env[parts[0]]
         copied = self.graph.node_copy(node, lambda n: self._value(env[n]) if n in parts else n)
@@ -182,7 +187,9 @@ class GraphBuilder:
         base, value = _node(base), _node(node.args[1])
         shape, source = sliced.meta["val"].shape, value.meta["val"]
         if source.shape != shape or source.dtype != sliced.meta["val"].dtype:
-            raise UnsupportedModelError(f"its forward writes {tuple(source.shape)} into a slice of {tuple(shape)}")
+            raise UnsupportedModelError(
+                f"its forward writes {tuple(source.shape)} into a slice of {tuple(shape)}"
+            )
         scattered = self.graph.call_function(
             aten.slice_scatter.default, (self._value(env[base]), self._value(env[value]), dim, start, stop)
         )
@@ -202,7 +209,9 @@ class GraphBuilder:
                 raise UnsupportedModelError("the model turns autocast on in its forward")
             nested, inputs = node.args[4], node.args[5:]
         else:
-            raise UnsupportedModelError(f"the model's forward needs {name}, control flow that depends on the data")
+            raise UnsupportedModelError(
+                f"the model's forward needs {name}, control flow that depends on the data"
+            )
         module = env[_node(nested)]
         inner = [n for n in module.graph.nodes if n.op == "placeholder"]
         inner_env: dict[fx.Node, Any] = {
@@ -253,10 +262,16 @@ def _node(value: Any) -> fx.Node:
     return value
 
 
+def _is_empty(value: torch.Tensor) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in tuple(value.shape))
+
+
 def _sizes(node: fx.Node, env: dict[fx.Node, Any]) -> list[Any]:
     sizes = list(node.meta["val"].shape)
     if not all(isinstance(size, int) for size in sizes):
-        raise UnsupportedModelError(f"its forward overwrites {node.name}, whose size depends on the number of tokens")
+        raise UnsupportedModelError(
+            f"its forward overwrites {node.name}, whose size depends on the number of tokens"
+        )
     return sizes
 
 
@@ -264,7 +279,7 @@ def _is_idle_dropout(node: fx.Node) -> bool:
     if node.target not in _DROPOUTS:
         return False
     _, probability, training = node.args
-    return not training or probability == 0.0
+    return training is False or bool(probability == 0.0)
 
 
 def _drop_unused_attributes(gm: fx.GraphModule) -> None:

@@ -77,13 +77,19 @@ def check_no_other_view(node: fx.Node) -> None:
             family.add(other)
     for other in family - {written}:
         if any(order[user] > order[node] for user in other.users):
-            raise UnsupportedModelError(f"{node.target} changes a tensor that is read through another view afterwards")
+            raise UnsupportedModelError(
+                f"{node.target} changes a tensor that is read through another view afterwards"
+            )
 
 
 def written_slice(node: fx.Node) -> fx.Node | None:
     """The slice node of `base[..., a:b] = value`, if that is what the node is."""
     written = node.args[0]
-    if node.target is aten.copy_.default and isinstance(written, fx.Node) and written.target is aten.slice.Tensor:
+    if (
+        node.target is aten.copy_.default
+        and isinstance(written, fx.Node)
+        and written.target is aten.slice.Tensor
+    ):
         return written
     return None
 

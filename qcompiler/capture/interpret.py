@@ -1,4 +1,4 @@
-"""Executes a captured graph with given weights in plain torch: the yardstick for passes, runtime and support matrix."""
+"""Executes a captured graph with given weights in plain torch: the yardstick for passes and runtime."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GraphRunner(fx.Interpreter):
 
     @torch.no_grad()
     def logits(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The graph's output for `input_ids`, `position_ids` and, where it has them, `token_type_ids`, each [1, T]."""
+        """The graph's output for ids, positions and, where it has them, token types, each [1, T]."""
         return self.run(*(value.to(self.device) for value in inputs))
 
     def fetch_attr(self, target: str) -> Any:
@@ -49,7 +49,7 @@ class GraphRunner(fx.Interpreter):
         """One op; attention is cut at the sequence boundaries."""
         if self.lengths is not None and target is torch.ops.qcompiler.attention.default:
             return self._ragged(args)
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._place)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._place)
         return super().call_function(target, args, kwargs)
 
     def _place(self, value: Any) -> Any:

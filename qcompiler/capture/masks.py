@@ -1,4 +1,4 @@
-"""Reads which keys a query may see out of the mask function that transformers composes, instead of building a mask.
+"""Reads which keys a query may see out of the mask function that transformers composes; builds no mask.
 
 Transformers asks a registered mask interface for every mask and hands it a
 `mask_function(batch, head, q, kv) -> bool` composed of a few named building
@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from qcompiler.kernels.errors import UnsupportedModelError
 
@@ -58,13 +60,15 @@ def mask_interface(
     """
     spec: MaskSpec | UnsupportedModelError
     try:
-        if attention_mask is not None:
+        if attention_mask is not None and not _is_all_ones(attention_mask):
             raise UnsupportedModelError(
                 "it builds a padding mask of its own, which a graph over ragged tokens has no place for"
             )
         for name, offset in (("q_offset", q_offset), ("kv_offset", kv_offset)):
             if not isinstance(offset, int) or offset != 0:
-                raise UnsupportedModelError(f"it asks for a mask with {name}={offset} although no cache is used")
+                raise UnsupportedModelError(
+                    f"it asks for a mask with {name}={offset} although no cache is used"
+                )
         spec = describe(mask_function)
     except UnsupportedModelError as refusal:
         spec = refusal
@@ -83,6 +87,20 @@ def spec_of(mask: torch.Tensor) -> MaskSpec | None:
     if isinstance(spec, UnsupportedModelError):
         raise spec
     return spec
+
+
+def _is_all_ones(mask: torch.Tensor) -> bool:
+    """Whether a traced mask was made as ones: models fill in the padding mask that they were not given."""
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(mask, mode.tracer, None)
+    node = getattr(getattr(slot, "proxy", None), "node", None)
+    while isinstance(node, fx.Node) and str(node.target) in _COPIES:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in (torch.ops.aten.full.default, torch.ops.aten.full_like.default):
+        return node.args[1] in (1, True)
+    return str(node.target) in ("aten.ones.default", "aten.ones_like.default", "aten.new_ones.default")
 
 
 def describe(mask_function: Callable[..., Any]) -> MaskSpec:
@@ -107,23 +125,33 @@ def describe(mask_function: Callable[..., Any]) -> MaskSpec:
         field = "chunk" if name.startswith("chunked") else "window"
         if bidirectional == causal and field == "window":
             raise UnsupportedModelError(
-                f"the attention mask combines {'causal' if causal else 'bidirectional'} attention with {name!r}"
+                f"the mask combines {'causal' if causal else 'bidirectional'} attention with {name!r}"
             )
         if not isinstance(size, int) or size <= 0:
             raise UnsupportedModelError(f"the attention mask has a {field} of {size!r}")
         if getattr(spec, field) not in (0, size):
-            raise UnsupportedModelError(f"the attention mask combines {field}s {getattr(spec, field)} and {size}")
-        spec = replace(spec, **{field: size})
+            raise UnsupportedModelError(
+                f"the attention mask combines {field}s {getattr(spec, field)} and {size}"
+            )
+        spec = replace(spec, window=size) if field == "window" else replace(spec, chunk=size)
     return spec
 
 
+# Ops through which ones stay ones.
+_COPIES = {
+    "aten.to.dtype",
+    "aten.to.device",
+    "aten.to.dtype_layout",
+    "aten.expand.default",
+    "aten._to_copy.default",
+}
 # Building block -> the closure cells that hold its sizes.
 _OVERLAYS = {
     "sliding_window_overlay.<locals>.inner_mask": ("sliding_window",),
     "sliding_window_bidirectional_overlay.<locals>.inner_mask": ("sliding_window",),
     "chunked_overlay.<locals>.inner_mask": ("chunk_size",),
 }
-# All keys visible; or a separation of packed sequences, which a ragged batch has anyway (cu_seqlens, not a mask).
+# All keys visible; or a separation of packed sequences, which a ragged batch has anyway.
 _IRRELEVANT = {"bidirectional_mask_function", "packed_sequence_mask_function.<locals>.inner_mask"}
 # Wrappers -> the closure cell with what they wrap.
 _WRAPPERS = {

@@ -23,14 +23,34 @@ aten = torch.ops.aten
 _ATTENTION = "qcompiler::attention"
 _SCANS = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "flip", "roll", "unfold"}
 _REDUCTIONS = {
-    "sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "norm", "linalg_vector_norm",
-    "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "any", "all", "topk", "sort", "argsort",
+    "sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "norm",
+    "linalg_vector_norm", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "any", "all",
+    "topk", "sort", "argsort",
     "var_mean", "std_mean", "median", "count_nonzero", "nansum",
 }  # fmt: skip
 _CONTRACTIONS = {"mm", "bmm", "matmul", "linear", "addmm", "baddbmm", "dot", "mv"}
 _CUTS = {"slice", "select", "narrow", "slice_scatter", "select_scatter"}
-_GATHERS = {"index", "index_select", "gather", "take_along_dim", "index_put", "index_add", "scatter", "scatter_add"}
-_COUNTERS = {"arange", "linspace", "searchsorted", "bucketize", "histc", "bincount", "nonzero", "unique", "_unique2"}
+_GATHERS = {
+    "index",
+    "index_select",
+    "gather",
+    "take_along_dim",
+    "index_put",
+    "index_add",
+    "scatter",
+    "scatter_add",
+}
+_COUNTERS = {
+    "arange",
+    "linspace",
+    "searchsorted",
+    "bucketize",
+    "histc",
+    "bincount",
+    "nonzero",
+    "unique",
+    "_unique2",
+}
 _SCALARS = {"item", "_local_scalar_dense", "is_nonzero"}
 
 
@@ -38,12 +58,13 @@ def check_ragged(gm: fx.GraphModule) -> str:
     """The kind of the model, "decoder" or "encoder", after checking its graph.
 
     Raises:
-        UnsupportedModelError: No attention was seen, or an op looks across tokens; names the op and its module.
+        UnsupportedModelError: No attention was seen, or an op looks across tokens; names op and module.
     """
     calls = [node for node in gm.graph.nodes if _schema_name(node) == _ATTENTION]
     if not calls:
         raise UnsupportedModelError(
-            "none of its layers calls an attention function of transformers (recurrent, linear or its own attention)"
+            "none of its layers calls an attention function of transformers "
+            "(recurrent, linear or its own attention)"
         )
     inputs = next(node for node in gm.graph.nodes if node.op == "placeholder")
     checker = _Checker(inputs.meta["val"].shape[1])
@@ -59,7 +80,7 @@ def check_ragged(gm: fx.GraphModule) -> str:
 def indices_to_positions(graph: fx.Graph) -> int:
     """Replace the token indices 0…T−1 that a model counts itself by the position_ids; returns how many.
 
-    Without a cache and with one sequence they are the same; with several end to end only the latter are right.
+    Without a cache and with one sequence they are the same; with several only the latter are right.
     """
     input_ids, position_ids = [node for node in graph.nodes if node.op == "placeholder"][:2]
     tokens = input_ids.meta["val"].shape[1]
@@ -79,13 +100,13 @@ def indices_to_positions(graph: fx.Graph) -> int:
     return len(found)
 
 
-def _counts_tokens(node: fx.Node, tokens: torch.SymInt) -> bool:
+def _counts_tokens(node: fx.Node, tokens: Any) -> bool:
     if node.op != "call_function" or _schema_name(node) != "aten::arange":
         return False
     [size] = _shape(node)
     starts = _argument(node, "start", 0) or 0
     steps = _argument(node, "step", 1) or 1
-    same = isinstance(size, torch.SymInt) and size.node.expr == tokens.node.expr
+    same = isinstance(size, torch.SymInt) and bool(size.node.expr == tokens.node.expr)
     return same and isinstance(starts, int) and starts == 0 and steps == 1
 
 
@@ -93,7 +114,7 @@ class _Checker:
     def __init__(self, tokens: Any):
         if isinstance(tokens, int):
             raise UnsupportedModelError(f"its forward works for {tokens} tokens only")
-        self.symbol = tokens.node.expr
+        self.symbol: Any = tokens.node.expr
         self.routing: set[fx.Node] = set()
 
     def check(self, node: fx.Node) -> None:
@@ -110,6 +131,8 @@ class _Checker:
             self._refuse(node, "turns a tensor into a number that the program depends on")
         elif op in _COUNTERS:
             self._check_counter(node, op)
+        elif op in ("max", "min") and len(node.all_input_nodes) == 2:
+            pass  # the larger of two, element by element
         elif op in _SCANS or op in _REDUCTIONS:
             self._check_reduction(node, op)
         elif op in _CONTRACTIONS:
@@ -127,9 +150,12 @@ class _Checker:
         elif op.startswith("conv") or "pool" in op:
             if any(self._has(size) for size in _shape(node.args[0])[1:]):
                 self._refuse(node, "is a convolution over tokens")
-        elif node.all_input_nodes and any(n in self.routing for n in node.all_input_nodes):
-            if all(n in self.routing or n.op == "get_attr" for n in node.all_input_nodes):
-                self.routing.add(node)
+        elif self._only_routing(node):
+            self.routing.add(node)
+
+    def _only_routing(self, node: fx.Node) -> bool:
+        sources = node.all_input_nodes
+        return bool(sources) and all(source in self.routing for source in sources)
 
     def _has(self, size: Any) -> bool:
         return isinstance(size, torch.SymInt) and self.symbol in size.node.expr.free_symbols
@@ -140,13 +166,18 @@ class _Checker:
     def _refuse(self, node: fx.Node, why: str) -> None:
         raise UnsupportedModelError(
             f"{node.target} in {_module(node)} {why}",
-            hint="Sequences of one batch stand end to end on one token axis; only attention may look along it.",
+            hint="Sequences stand end to end on one token axis; only attention may look along it.",
         )
 
     def _check_shape(self, node: fx.Node, value: torch.Tensor) -> None:
-        found = [size for size in value.shape if self._has(size)]
+        for size in value.shape:
+            if isinstance(size, torch.SymInt) and size.node.expr.free_symbols - {self.symbol}:
+                self._refuse(node, "makes a tensor whose size depends on the data")
+        found: list[Any] = [size for size in value.shape if self._has(size)]
         if len(found) > 1:
-            self._refuse(node, "makes a tensor of tokens by tokens: an attention or a bias of the model's own")
+            self._refuse(
+                node, "makes a tensor of tokens by tokens: an attention or a bias of the model's own"
+            )
         for size in found:
             factor = sympy.simplify(size.node.expr / self.symbol)
             if not factor.is_Integer:
@@ -198,9 +229,15 @@ class _Checker:
         if dim not in dims:
             return
         before, after = _shape(node.args[0])[dim], _shape(node)
-        if len(after) == len(_shape(node.args[0])) and str(after[dim]) == str(before) and "scatter" not in str(node.target):
+        if (
+            len(after) == len(_shape(node.args[0]))
+            and str(after[dim]) == str(before)
+            and "scatter" not in str(node.target)
+        ):
             return
-        self._refuse(node, "picks tokens by where they stand in the batch (such as the first token, for pooling)")
+        self._refuse(
+            node, "picks tokens by where they stand in the batch (such as the first token, for pooling)"
+        )
 
     def _check_gather(self, node: fx.Node) -> None:
         source = node.args[0]

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the length of the sequence: frozen on request, refused otherwise.
+"""Rotary embeddings whose frequencies depend on the sequence length: frozen on request, refused otherwise.
 
 `dynamic` (NTK) and `longrope` recompute their frequencies from the longest
 position in the batch. In a ragged batch that would let one sequence change
@@ -43,7 +43,7 @@ def freeze_rope(model: PreTrainedModel, max_context: int | None) -> dict[str, to
         Buffer name → frequencies, where they differ from the model's initial ones.
 
     Raises:
-        UnsupportedModelError: A type is unknown, or depends on the length and `max_context` does not settle it.
+        UnsupportedModelError: A type is unknown, or `max_context` does not settle its frequencies.
     """
     frozen: dict[str, torch.Tensor] = {}
     for label, parameters in rope_types(model.config).items():
@@ -52,18 +52,21 @@ def freeze_rope(model: PreTrainedModel, max_context: int | None) -> dict[str, to
             continue
         where = f"{model.config.model_type}: rotary type {kind!r}"
         if kind not in ("dynamic", "longrope"):
-            raise UnsupportedModelError(f"{where} is not one of {sorted(_STATIC)} and may depend on the length")
+            raise UnsupportedModelError(
+                f"{where} is not one of {sorted(_STATIC)} and may depend on the length"
+            )
         original = _original_context(model.config, parameters, kind)
         limit = original if kind == "dynamic" else model.config.max_position_embeddings
         if max_context is None or max_context > limit:
             raise UnsupportedModelError(
                 f"{where} changes its frequencies with the length of the sequence "
                 f"(original context {original} tokens)",
-                hint=f"Choose the longest context with max_context, at most {limit}: up to {original} is exact"
+                hint=f"Choose the longest context, max_context, at most {limit}: up to {original} is exact"
                 + ("." if kind == "dynamic" else "; beyond, the long factors serve every length."),
             )
         if label:
             raise UnsupportedModelError(f"{where} for {label!r} layers only is not supported")
+        module: Any
         for path, module in model.named_modules():
             if getattr(module, "rope_type", None) != kind:
                 continue
@@ -90,7 +93,7 @@ def _original_context(config: PreTrainedConfig, parameters: dict[str, Any], kind
     )
 
 
-def _base_frequencies(module: torch.nn.Module, kind: str) -> torch.Tensor:
+def _base_frequencies(module: Any, kind: str) -> torch.Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     values, module.attention_scaling = ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"))

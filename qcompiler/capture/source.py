@@ -1,4 +1,4 @@
-"""The model to capture, as its config tells it: which class, which dtype, built on the meta device without weights.
+"""The model to capture, as its config tells it: class and dtype, built on the meta device without weights.
 
 A `ModelSource` comes from a checkpoint or from a config alone. Nothing is
 allocated for parameters; non-persistent buffers (rotary frequencies and the
@@ -8,6 +8,7 @@ like) are computed on the CPU by the model's own initialisation.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,12 @@ class ModelSource:
         model_class = resolve_class(config, folder if trust_remote_code else None)
         source = cls(config, model_class, name=str(model))
         source.checkpoint = Checkpoint.open(folder, source.skeleton())
+        if source.checkpoint.untied():
+            # as transformers does: the stored values win over the config's word
+            source.checkpoint.close()
+            config.tie_word_embeddings = False
+            source._skeleton = None
+            source.checkpoint = Checkpoint.open(folder, source.skeleton())
         return source
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -113,12 +120,15 @@ def resolve_class(config: PreTrainedConfig, remote_folder: Path | None = None) -
         return _remote_class(auto_map, remote_folder)
     if name is None:
         # BERT and its kin are in both tables; they are decoders only where the config says so
-        heads = [modeling_auto.MODEL_FOR_MASKED_LM_MAPPING, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING]
+        heads: list[Any] = [
+            modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        ]
         if getattr(config, "is_decoder", False):
             heads.reverse()
         for mapping in (*heads, modeling_auto.MODEL_MAPPING):
             if type(config) in mapping:
-                found = mapping[type(config)]
+                found: Any = mapping[type(config)]
                 found = found[0] if isinstance(found, (list, tuple)) else found
                 return _only_text(found, config)
         raise UnsupportedModelError(f"transformers {transformers.__version__} has no text model for {kind!r}")
@@ -127,7 +137,9 @@ def resolve_class(config: PreTrainedConfig, remote_folder: Path | None = None) -
         hint = "A newer transformers may know it."
         if auto_map:
             hint = "Its code ships with the checkpoint; --trust-remote-code runs that code."
-        raise UnsupportedModelError(f"transformers {transformers.__version__} has no class {name!r} ({kind})", hint=hint)
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no class {name!r} ({kind})", hint=hint
+        )
     return _only_text(found, config)
 
 
@@ -135,7 +147,10 @@ def _only_text(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     kind = config.model_type
     hint = "Text decoders and encoders can be compiled; point to a text-only checkpoint of the model."
     parts = [key for key in getattr(config, "sub_configs", {}) if getattr(config, key, None) is not None]
-    other = [part for part in parts if part != "text_config"]
+    # a bundle of options (mpt's attn_config) is no model of its own
+    other = [
+        part for part in parts if part != "text_config" and hasattr(getattr(config, part), "hidden_size")
+    ]
     if other:
         raise UnsupportedModelError(
             f"{kind} ({model_class.__name__}) has parts beside its text model: {', '.join(other)}", hint=hint
@@ -173,11 +188,42 @@ def build_skeleton(
         if error.args != (attention.IMPLEMENTATION,):
             raise
         raise UnsupportedModelError(
-            f"{config.model_type} picks its attention from a table of its own instead of calling an attention "
-            "function of transformers, so its attention cannot be told apart"
+            f"{config.model_type} picks its attention from a table of its own instead of calling "
+            "an attention function of transformers, so it cannot be replaced by one op"
         ) from error
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(f"{config.model_type} cannot be built for capture: {error}") from error
     if model._can_set_experts_implementation():
         model.set_experts_implementation(experts.IMPLEMENTATION)
+    _settle_parameters(model)
     return model.eval()
+
+
+def _settle_parameters(model: PreTrainedModel) -> None:
+    """Parameters on the meta device whatever made them, in fp32 where `from_pretrained` keeps them so."""
+    pinned = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if model.dtype == torch.float16:
+        pinned |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = (
+        re.compile(r"(^|\.)(" + "|".join(re.escape(name) for name in sorted(pinned)) + r")(\.|$)")
+        if pinned
+        else None
+    )
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    persistent = set(model.state_dict())
+    settled: dict[int, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                name = f"{path}.{leaf}" if path else leaf
+                if tensor is None or name not in persistent:
+                    continue
+                dtype = torch.float32 if half and kept is not None and kept.search(name) else tensor.dtype
+                if tensor.is_meta and tensor.dtype == dtype:
+                    continue
+                if id(tensor) not in settled:
+                    moved = torch.empty_like(tensor, device="meta", dtype=dtype)
+                    settled[id(tensor)] = (
+                        torch.nn.Parameter(moved, False) if store is module._parameters else moved
+                    )
+                store[leaf] = settled[id(tensor)]

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config.json with transformers' own config class; code in the checkpoint runs only on request."""
+"""Reads config.json with transformers' own config class; code in a checkpoint runs only on request."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         method = raw["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
         raise UnsupportedModelError(
-            f"{folder} is quantized already (quantization_config: {method})", hint="Start from the original weights."
+            f"{folder} is quantized already (quantization_config: {method})",
+            hint="Start from the original weights.",
         )
     if kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{kind!r} is defined by Python code that ships with the checkpoint (auto_map), which is not run",
+                f"{kind!r} is defined by Python code that ships with it (auto_map), which is not run",
                 hint="If you trust its author, pass --trust-remote-code.",
             )
         raise UnsupportedModelError(
@@ -51,4 +52,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             folder, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
     except (ValueError, KeyError, TypeError, AttributeError, OSError, StrictDataclassError) as error:
-        raise InvalidInputError(f"{folder / 'config.json'} is refused by transformers' {kind} config: {error}") from error
+        raise InvalidInputError(
+            f"{folder / 'config.json'} is refused by transformers' {kind} config: {error}"
+        ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,7 +62,9 @@ def locate(model: str | Path, *, code: bool = False, revision: str | None = None
     if path.is_dir():
         return path
     if path.exists():
-        raise InvalidInputError(f"{path} is a file", hint="Give the folder that holds config.json and *.safetensors.")
+        raise InvalidInputError(
+            f"{path} is a file", hint="Give the folder that holds config.json and *.safetensors."
+        )
     if isinstance(model, Path) or not _HUB_ID.fullmatch(str(model)):
         raise InvalidInputError(
             f"there is no folder {str(model)!r}",
@@ -71,7 +74,6 @@ def locate(model: str | Path, *, code: bool = False, revision: str | None = None
 
 
 def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -82,6 +84,12 @@ def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
         RepositoryNotFoundError,
     )
 
+    unreachable: tuple[type[Exception], ...] = (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        ConnectionError,
+        *_transport_errors(),
+    )
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
@@ -94,22 +102,36 @@ def _snapshot(repo: str, patterns: list[str], revision: str | None) -> Path:
             f"the hub has no model {repo!r} that you may see, and there is no such folder here",
             hint="Check the spelling; for a private model log in with `hf auth login`.",
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError) as error:
+    except unreachable as error:
         raise InvalidInputError(
             f"{repo} is neither a local folder nor in the local hub cache, and the hub cannot be reached",
-            hint=f"Go online (and unset HF_HUB_OFFLINE), or run `hf download {repo}` where there is a network "
-            "and give the folder.",
+            hint=f"Go online (and unset HF_HUB_OFFLINE), or run `hf download {repo}` where "
+            "there is a network and give the folder.",
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InvalidInputError(f"the hub did not give {repo}: {error}", hint="Try again later.") from error
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub client's HTTP library, which differs by release, raises without a network."""
+    found: list[type[Exception]] = []
+    for module, name in (
+        ("httpx", "TransportError"),
+        ("httpx2", "TransportError"),
+        ("requests", "ConnectionError"),
+        ("requests", "Timeout"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its stored name, after checking index and headers.
 
     Raises:
-        InvalidInputError: No safetensors, a missing or truncated shard, an index that does not match its shards,
-            a name stored twice.
+        InvalidInputError: No safetensors, a missing or truncated shard, an index that does not match its
+            shards, a name stored twice.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -122,7 +144,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     for file in files:
         for name, stored in read_header(file).items():
             if name in found:
-                raise InvalidInputError(f"tensor {name!r} is stored twice, in {found[name].file.name} and {file.name}")
+                raise InvalidInputError(
+                    f"tensor {name!r} is stored twice, in {found[name].file.name} and {file.name}"
+                )
             found[name] = stored
     return found
 
@@ -145,11 +169,14 @@ def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
     headers: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted(set(weight_map.values())):
         if PurePosixPath(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-            raise InvalidInputError(f"{index.name} names the file {shard!r}, which is not in the checkpoint's folder")
+            raise InvalidInputError(
+                f"{index.name} names the file {shard!r}, which is not in the checkpoint's folder"
+            )
         file = folder / shard
         if not file.is_file():
             raise InvalidInputError(
-                f"{index.name} names {shard}, which is missing from {folder}", hint="Download the checkpoint again."
+                f"{index.name} names {shard}, which is missing from {folder}",
+                hint="Download the checkpoint again.",
             )
         headers[shard] = read_header(file)
     absent = [name for name, shard in weight_map.items() if name not in headers[shard]]
@@ -170,7 +197,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InvalidInputError(f"{file.parent} holds no {file.name}", hint="Is it a checkpoint's folder?") from None
+        raise InvalidInputError(
+            f"{file.parent} holds no {file.name}", hint="Is it a checkpoint's folder?"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidInputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -224,7 +253,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(file: Path, name: str, entry: Any) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _damaged(file, f"its entry for {name!r} is no object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     whole = (
         isinstance(shape, list)
         and isinstance(offsets, list)

@@ -92,7 +92,7 @@ def convert(recipe: Recipe, tensors: dict[str, list[Any]], model: PreTrainedMode
         made = converter.convert(recipe.first, model=model, config=model.config)
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
         raise InvalidInputError(
-            f"{recipe.first} cannot be put together from {sum(map(len, tensors.values()))} stored tensors: {error}"
+            f"{recipe.first} cannot be put together from its stored tensors: {error}"
         ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

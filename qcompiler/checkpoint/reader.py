@@ -6,10 +6,9 @@ several stored tensors (stacked experts) costs its own size, never the model's.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,8 +37,6 @@ class Checkpoint:
     _recipes: dict[str, Recipe] = field(repr=False)
     _wanted: dict[str, torch.Tensor] = field(repr=False)
     _tied: dict[str, str] = field(repr=False)
-    _files: dict[Path, Any] = field(default_factory=dict, repr=False)
-    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
     _siblings: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -71,8 +68,6 @@ class Checkpoint:
     def close(self) -> None:
         """Unmap the files; tensors already read stay valid."""
         self._siblings.clear()
-        self._files.clear()
-        self._stack.close()
 
     def names(self) -> list[str]:
         """Names of the distinct parameters and persistent buffers; of tied ones, the one that is kept."""
@@ -86,8 +81,31 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Bytes of the stored tensors that the model uses, each once."""
-        used = {name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group}
+        used = {
+            name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group
+        }
         return sum(self._stored[name].nbytes for name in used)
+
+    def untied(self) -> list[str]:
+        """Names of tensors that the model ties but the checkpoint stores twice with different values.
+
+        transformers then leaves them apart; a model that is to use this checkpoint must not tie them.
+        """
+        apart = []
+        for alias, kept in self.tied.items():
+            if alias in self._recipes and kept in self._recipes and not self._equal(alias, kept):
+                apart.append(alias)
+        return apart
+
+    def _equal(self, one: str, other: str) -> bool:
+        first, second = (self._read(self._single_source(name)) for name in (one, other))
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        rows = max(1, (16 << 20) // max(1, first[0].nbytes))
+        return all(torch.equal(a, b) for a, b in zip(first.split(rows), second.split(rows), strict=True))
+
+    def _single_source(self, name: str) -> str:
+        return next(iter(self._recipes[name].sources.values()))[0]
 
     def shape(self, fqn: str) -> tuple[int, ...]:
         """Shape of a parameter, without reading it."""
@@ -119,7 +137,9 @@ class Checkpoint:
             # what a split made besides is asked for next; only the latest is kept
             self._siblings = made
         if tuple(value.shape) != expected:
-            raise InvalidInputError(f"{self.folder}: {fqn} has shape {tuple(value.shape)}, the model wants {expected}")
+            raise InvalidInputError(
+                f"{self.folder}: {fqn} has shape {tuple(value.shape)}, the model wants {expected}"
+            )
         return value
 
     def _meta(self, fqn: str) -> torch.Tensor:
@@ -137,11 +157,14 @@ class Checkpoint:
     def _read(self, name: str) -> torch.Tensor:
         file = self._stored[name].file
         try:
-            if file not in self._files:
-                self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            return self._files[file].get_tensor(name)
+            # Mapped anew for each tensor: pages of a mapping count as resident until it is gone, so a
+            # mapping kept open would let a compile appear (and be killed) as large as its checkpoint.
+            with safe_open(file, framework="pt", device="cpu") as mapped:
+                return mapped.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InvalidInputError(f"{file.name} cannot be read: {error}", hint="Download the file again.") from error
+            raise InvalidInputError(
+                f"{file.name} cannot be read: {error}", hint="Download the file again."
+            ) from error
 
     def _check(self) -> None:
         missing = [n for n in self._wanted if n not in self._recipes and not self._has_tied_source(n)]
@@ -166,7 +189,9 @@ class Checkpoint:
         return kept is not None and any(k == kept and n in self._recipes for n, k in self._tied.items())
 
 
-def _tied_names(model: PreTrainedModel, wanted: dict[str, torch.Tensor], recipes: dict[str, Recipe]) -> dict[str, str]:
+def _tied_names(
+    model: PreTrainedModel, wanted: dict[str, torch.Tensor], recipes: dict[str, Recipe]
+) -> dict[str, str]:
     """Name → first name, for every parameter that the model holds under several names."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,7 +1,7 @@
 """Writes an artifact: staged beside its destination, fsynced, renamed into place, or not there at all.
 
-    manifest.json  graph.json  weights-*.safetensors  report.json  README.md
-    config.json  tokenizer.json  tokenizer_config.json  generation_config.json (those that the model has)
+manifest.json  graph.json  weights-*.safetensors  report.json  README.md
+config.json  tokenizer.json  tokenizer_config.json  generation_config.json (those that the model has)
 """
 
 from __future__ import annotations
@@ -117,14 +117,20 @@ def write_artifact(
             raise InvalidInputError(f"weight {missing[0]!r} of the graph was not given")
         text = json.dumps(graph, separators=(",", ":"), allow_nan=False).encode()
         if len(text) > MAX_BYTES:
-            raise InvalidInputError(f"the graph takes {len(text)} bytes, more than the {MAX_BYTES} that a runtime reads")
+            raise InvalidInputError(
+                f"the graph takes {len(text)} bytes, more than the {MAX_BYTES} that a runtime reads"
+            )
         entries[GRAPH] = _write(folder / GRAPH, text)
         for name, content in sorted((files or {}).items()):
             check_name(name, "artifact")
-            entries[name] = _write(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+            entries[name] = _write(
+                folder / name, content if isinstance(content, bytes) else content.read_bytes()
+            )
         if report is not None:
             size = sum(e.size for e in entries.values())
-            entries["report.json"] = _write(folder / "report.json", _pretty(report(size) if callable(report) else report))
+            entries["report.json"] = _write(
+                folder / "report.json", _pretty(report(size) if callable(report) else report)
+            )
         manifest = _manifest(info, graph, tensors)
         card = readme(manifest) if callable(readme) else readme
         entries["README.md"] = _write(folder / "README.md", (card or model_card(out.name, manifest)).encode())
@@ -167,7 +173,9 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         except BaseException as e:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise InvalidInputError(f"{out}: cannot be written: {e.strerror}", hint="Free space, or use -o.") from e
+                raise InvalidInputError(
+                    f"{out}: cannot be written: {e.strerror}", hint="Free space, or use -o."
+                ) from e
             raise
     finally:
         os.close(lock)
@@ -182,7 +190,9 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise InvalidInputError(f"{out} exists", hint="Give --overwrite to replace it, or another -o.")
     if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
-        raise InvalidInputError(f"{out} is not an artifact, so it is not overwritten", hint="Give another -o.")
+        raise InvalidInputError(
+            f"{out} is not an artifact, so it is not overwritten", hint="Give another -o."
+        )
 
 
 def model_card(name: str, manifest: Mapping[str, Any]) -> str:
@@ -197,10 +207,28 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
     if method:
         facts.append(f"- method: {method if isinstance(method, str) else json.dumps(method, sort_keys=True)}")
     if bits is not None:
-        facts.append(f"- bits per weight: {bits:.3f}" if isinstance(bits, float) else f"- bits per weight: {bits}")
-    run = f"qrun generate {name} --prompt 'Once upon a time'" if manifest["kind"] == "decoder" else f"qrun inspect {name}"
+        facts.append(
+            f"- bits per weight: {bits:.3f}" if isinstance(bits, float) else f"- bits per weight: {bits}"
+        )
+    run = (
+        f"qrun generate {name} --prompt 'Once upon a time'"
+        if manifest["kind"] == "decoder"
+        else f"qrun inspect {name}"
+    )
     return "\n".join(
-        [f"# {name}", "", "Compiled with qcompiler.", "", *facts, "", "```", run, f"qrun verify {name}", "```", ""]
+        [
+            f"# {name}",
+            "",
+            "Compiled with qcompiler.",
+            "",
+            *facts,
+            "",
+            "```",
+            run,
+            f"qrun verify {name}",
+            "```",
+            "",
+        ]
     )
 
 
@@ -235,7 +263,10 @@ def _manifest(info: ArtifactInfo, graph: Mapping[str, Any], tensors: TensorInfo)
         "layers": quantized_layers(graph, tensors),
     }
     if info.compute_capability is not None:
-        manifest["requires"] = {"compute_capability": list(info.compute_capability), "fallback": info.fallback}
+        manifest["requires"] = {
+            "compute_capability": list(info.compute_capability),
+            "fallback": info.fallback,
+        }
     return manifest
 
 

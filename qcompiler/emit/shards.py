@@ -1,4 +1,4 @@
-"""Weight shards: safetensors files written from a stream of tensors with bounded memory and the same bytes every time.
+"""Weight shards: safetensors files written from a stream of tensors in bounded memory, always the same bytes.
 
 Tensors are collected until a shard is full, then written sorted by alignment
 and name, so that the bytes depend on the tensors and their order alone.
@@ -93,7 +93,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry
         for name in order:
             if tensors[name].numel() == 0:
                 continue
-            raw = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            raw = tensors[name].reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), _WRITE_BYTES):
                 f.write(raw[start : start + _WRITE_BYTES])
                 digest.update(raw[start : start + _WRITE_BYTES])

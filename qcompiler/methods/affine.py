@@ -44,7 +44,9 @@ class AffineMethod(Method):
     format_name: ClassVar[str] = AFFINE.name
     bits: ClassVar[tuple[int, ...]] = BITS
 
-    def resolve_spec(self, bits: int, group_size: int | None = None) -> AffineSpec:
+    def resolve_spec(
+        self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> AffineSpec:
         """See `Method.resolve_spec`; scales and zeros are fp16."""
         self.check_bits(bits)
         return AffineSpec(bits, self.default_group_size if group_size is None else group_size)

@@ -25,6 +25,8 @@ ENTRY_POINT_GROUP = "qcompiler.methods"
 # name -> module and class; imported at first use, so that listing methods stays light.
 _BUILT_IN = {
     "aqlm": ("qcompiler.methods.aqlm", "AQLM"),
+    "bnb": ("qcompiler.methods.bnb", "BitsAndBytes"),
+    "eetq": ("qcompiler.methods.eetq", "Eetq"),
     "gptq": ("qcompiler.methods.gptq", "GPTQ"),
     "hqq": ("qcompiler.methods.hqq", "HQQ"),
     "rtn": ("qcompiler.methods.rtn", "RoundToNearest"),
@@ -66,12 +68,15 @@ class Method(ABC):
     options: ClassVar[Mapping[str, MethodOption]] = {}
 
     @abstractmethod
-    def resolve_spec(self, bits: int, group_size: int | None = None) -> Any:
+    def resolve_spec(
+        self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> Any:
         """The format's settings for a weight stored in `bits` bits.
 
         Args:
             bits: Bits per code.
             group_size: Input features per scale; 0 = one group per row; None = the method's default.
+            options: The method's options, some of which decide the format's settings; see `validate`.
 
         Raises:
             InvalidInputError: The method or its format has no such width or group size.

@@ -12,7 +12,9 @@ from qcompiler.runtime.cli.options import artifact_argument, common, console, de
 
 @click.command("bench")
 @artifact_argument
-@click.option("--batch", "batches", default="1,4,16", show_default=True, help="Numbers of sequences, by commas.")
+@click.option(
+    "--batch", "batches", default="1,4,16", show_default=True, help="Numbers of sequences, by commas."
+)
 @click.option("--prompt-tokens", type=int, default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--decode-tokens", type=int, default=32, show_default=True, help="Tokens generated for each.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Runs of which the median is given.")
@@ -25,6 +27,7 @@ def command(
     decode_tokens: int,
     repeats: int,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -38,10 +41,12 @@ def command(
     try:
         sizes = tuple(int(b) for b in batches.split(","))
     except ValueError:
-        raise InvalidInputError(f"--batch {batches!r} is not a list of numbers", hint="For example 1,4,16.") from None
+        raise InvalidInputError(
+            f"--batch {batches!r} is not a list of numbers", hint="For example 1,4,16."
+        ) from None
     if not all(1 <= b <= 1024 for b in sizes):
         raise InvalidInputError("--batch: sizes must be in [1, 1024]")
-    model = load_model(artifact, device, verbose=verbose, max_sequences=max(sizes))
+    model = load_model(artifact, device, verbose=verbose, lean=lean, max_sequences=max(sizes))
     with console().status("warming up") as status:
         rows = bench(
             model,

@@ -33,6 +33,7 @@ def command(
     system: str | None,
     message: str | None,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -46,7 +47,7 @@ def command(
     SamplingParams.make(**options)
     if as_json and message is None:
         raise InvalidInputError("--json needs --message")
-    model = load_model(artifact, device, verbose=verbose)
+    model = load_model(artifact, device, verbose=verbose, lean=lean)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     if message is not None:
         messages.append({"role": "user", "content": message})

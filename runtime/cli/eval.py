@@ -6,12 +6,22 @@ from pathlib import Path
 
 import click
 
-from qcompiler.runtime.cli.options import artifact_argument, common, console, device, load_model, print_json, read_text
+from qcompiler.runtime.cli.options import (
+    artifact_argument,
+    common,
+    console,
+    device,
+    load_model,
+    print_json,
+    read_text,
+)
 
 
 @click.command("eval")
 @artifact_argument
-@click.option("--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text file to score.")
+@click.option(
+    "--text", "text_file", required=True, type=click.Path(path_type=Path), help="UTF-8 text file to score."
+)
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens per window.")
 @click.option("--max-tokens", type=int, default=None, help="Use only the text's first tokens.")
 @device
@@ -22,6 +32,7 @@ def command(
     context: int,
     max_tokens: int | None,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -35,7 +46,7 @@ def command(
     from qcompiler.runtime.evaluate import evaluate
 
     text = read_text(text_file)
-    model = load_model(artifact, device, verbose=verbose)
+    model = load_model(artifact, device, verbose=verbose, lean=lean)
     with Progress(console=console(), transient=True, disable=as_json) as progress:
         task = progress.add_task("scoring")
         result = evaluate(

@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.runtime.cli.options import artifact_argument, common, device, load_model, print_json, read_text, sampling
+from qcompiler.runtime.cli.options import (
+    artifact_argument,
+    common,
+    device,
+    load_model,
+    print_json,
+    read_text,
+    sampling,
+)
 
 
 @click.command("generate")
@@ -26,6 +34,7 @@ def command(
     prompt: tuple[str, ...],
     prompt_file: Path | None,
     device: str | None,
+    lean: bool,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -42,11 +51,14 @@ def command(
     if prompt_file is not None:
         prompts.append(read_text(prompt_file))
     if not prompts:
-        raise InvalidInputError("no prompt was given", hint="Use --prompt TEXT, --prompt - or --prompt-file FILE.")
-    model = load_model(artifact, device, verbose=verbose)
+        raise InvalidInputError(
+            "no prompt was given", hint="Use --prompt TEXT, --prompt - or --prompt-file FILE."
+        )
+    model = load_model(artifact, device, verbose=verbose, lean=lean)
     if not as_json and len(prompts) == 1:
-        click.echo(prompts[0], nl=False)
-        for piece in model.generate(prompts[0], stream=True, **options):
+        pieces = model.generate(prompts[0], stream=True, **options)
+        click.echo(prompts[0], nl=False)  # once the prompt has been accepted
+        for piece in pieces:
             click.echo(piece, nl=False)
             sys.stdout.flush()
         click.echo()

@@ -29,7 +29,16 @@ def command(artifact: Path, tensors: bool, as_json: bool, verbose: bool) -> None
 
     out = Console()
     table = Table(show_header=False, box=None)
-    for key in ("kind", "model_type", "dtype", "vocab_size", "max_context", "bits_per_weight", "bytes", "manifest_sha256"):
+    for key in (
+        "kind",
+        "model_type",
+        "dtype",
+        "vocab_size",
+        "max_context",
+        "bits_per_weight",
+        "bytes",
+        "manifest_sha256",
+    ):
         table.add_row(key.replace("_", " "), str(facts[key]))
     out.print(table)
     layers = Table("format", "settings", "layers", "weights", title="Quantized layers")
@@ -67,7 +76,8 @@ def describe(artifact: Any, *, tensors: bool = False) -> dict[str, Any]:
         "bytes": sum(f.size for f in manifest.files.values()),
         "manifest_sha256": sha256_file(artifact.root / MANIFEST),
         "formats": [
-            {"format": f, "settings": s, "layers": n, "weights": weights[f, s]} for (f, s), n in formats.items()
+            {"format": f, "settings": s, "layers": n, "weights": weights[f, s]}
+            for (f, s), n in formats.items()
         ],
         "ops": dict(Counter(node.op for node in artifact.graph.nodes).most_common()),
     }

@@ -8,6 +8,7 @@ gate, 1 our fault.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from typing import Any
@@ -66,9 +67,9 @@ def run(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of stdout went away; what is left in the buffer has nowhere to go.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 0
-    except Exception as e:  # noqa: BLE001  (the last line of defence of a command line)
+    except Exception as e:
         return _report(e, verbose=verbose)
 
 

@@ -25,12 +25,17 @@ artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 
 def common(function: F) -> F:
     """--json and -v."""
-    function = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")(function)
+    function = click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."
+    )(function)
     return click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and log messages.")(function)
 
 
 def device(function: F) -> F:
-    """--device."""
+    """--device and --lean."""
+    function = click.option("--lean", is_flag=True, help="On a CPU: less memory, slower long prompts.")(
+        function
+    )
     text = "cpu, cuda or cuda:N; default: a GPU if there is one."
     return click.option("--device", default=None, metavar="D", help=text)(function)
 
@@ -39,12 +44,18 @@ def sampling(function: F) -> F:
     """Options of `SamplingParams`."""
     for option in reversed(
         (
-            click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to generate."),
+            click.option(
+                "--max-tokens", type=int, default=128, show_default=True, help="Most tokens to generate."
+            ),
             click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
             click.option("--top-k", type=int, default=0, help="Keep the k most likely tokens."),
             click.option("--top-p", type=float, default=1.0, help="Keep tokens of this total probability."),
-            click.option("--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."),
-            click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."),
+            click.option(
+                "--min-p", type=float, default=0.0, help="Drop tokens below this share of the likeliest."
+            ),
+            click.option(
+                "--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition."
+            ),
             click.option("--seed", type=int, default=None, help="Makes sampling repeatable."),
             click.option("--stop", multiple=True, help="End the text at this string; may be given again."),
         )
@@ -58,7 +69,9 @@ def load_model(artifact: Path, device: str | None, *, verbose: bool = False, **o
     from qcompiler.runtime.model import load
 
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s"
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
     )
     return load(artifact, device, **options)
 

@@ -34,5 +34,7 @@ def command(artifact: Path, as_json: bool, verbose: bool) -> None:
     if as_json:
         print_json(facts)
     else:
-        click.echo(f"{artifact}: {facts['files']} files, {count} tensors, {facts['bytes']} bytes: all as they were made")
+        click.echo(
+            f"{artifact}: {facts['files']} files, {count} tensors, {facts['bytes']} bytes: as they were made"
+        )
         click.echo(f"manifest sha256 {facts['manifest_sha256']}")

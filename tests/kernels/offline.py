@@ -1,20 +1,75 @@
-"""Compile Triton kernels for a GPU that is not there, and read what the compiler made of them."""
+"""Compile Triton kernels for a GPU that is not there, and read what the compiler made of them.
+
+`compile_variants` does so in a process of its own, because a process in which
+Triton interprets cannot compile.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its settings.
+
+    Args:
+        kernel: "module:function".
+        types: See `compile_sm90`.
+        constants: Values of the constexpr arguments; a Triton dtype is written as "tl.bfloat16".
+        num_warps: Warps per program.
+        num_stages: Pipeline depth.
+    """
+
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """Resources of one compiled variant; `loop` counts the opcodes of its longest innermost loop."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    layout_conversions: int
+    loop: dict[str, int]
+
+
+def compile_variants(variants: list[Variant]) -> list[Report]:
+    """Compile each variant for an H100/H200 in one fresh process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps([asdict(variant) for variant in variants]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return [Report(**report) for report in json.loads(done.stdout)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +94,9 @@ class Compiled:
         ]
         spans = []
         for address, body in code:
-            jump = re.match(r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", body)
+            jump = re.match(
+                r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:U?P\w+,\s*)?(?:`\(\S+\)|0x([0-9a-f]+))", body
+            )
             if jump and jump[1] and int(jump[1], 16) < address:
                 spans.append((int(jump[1], 16), address))
         inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
@@ -99,3 +156,30 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run(
         [str(_TOOLS / "cuobjdump"), *arguments], check=True, capture_output=True, text=True, timeout=120
     ).stdout
+
+
+def _report(variant: Variant) -> Report:
+    module, function = variant.kernel.split(":")
+    constants = {
+        name: getattr(tl, value.removeprefix("tl.")) if isinstance(value, str) else value
+        for name, value in variant.constants.items()
+    }
+    compiled = compile_sm90(
+        getattr(importlib.import_module(module), function),
+        variant.types,
+        constants,
+        num_warps=variant.num_warps,
+        num_stages=variant.num_stages,
+    )
+    return Report(
+        compiled.registers,
+        compiled.spill_bytes,
+        compiled.shared_bytes,
+        compiled.ttgir.count("ttg.convert_layout"),
+        dict(compiled.loop()),
+    )
+
+
+if __name__ == "__main__":
+    requests = [Variant(**request) for request in json.load(sys.stdin)]
+    json.dump([asdict(_report(request)) for request in requests], sys.stdout)

@@ -1,4 +1,4 @@
-"""The op `qcompiler::linear_affine`: its reference against a dense linear, its fake, and refused arguments."""
+"""The op `qcompiler::linear_affine`: its reference against a dense linear, its fake, refused arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pass tests share: exporting small modules, capturing tiny models, running lowered graphs step by step."""
+"""What the pass tests share: small exports, tiny captured models, lowered graphs run step by step."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def family(name: str, **options: Any) -> SimpleNamespace:
-    """A tiny model of a family of the support matrix: captured graph on meta, and its eager twin with weights."""
+    """A tiny model of the support matrix: captured graph on meta, and its eager twin with weights."""
     row = next(row for row in SUPPORTED if row.name == name)
     config = row.config()
     for key, value in options.items():
@@ -80,7 +80,9 @@ def family(name: str, **options: Any) -> SimpleNamespace:
 class RecipeRunner(fx.Interpreter):
     """Runs a rewritten graph; weights on meta come from the checkpoint by their recipes."""
 
-    def __init__(self, gm: GraphModule, weights: dict[str, torch.Tensor], quantize: Callable[..., Any] | None = None):
+    def __init__(
+        self, gm: GraphModule, weights: dict[str, torch.Tensor], quantize: Callable[..., Any] | None = None
+    ):
         super().__init__(gm)
         self.weights, self.quantize = weights, quantize
         self.loaded: dict[str, torch.Tensor] = {}
@@ -108,7 +110,9 @@ def _on_cpu(value: Any) -> Any:
 class Sequences:
     """A paged cache for a lowered decoder, and the steps that fill it."""
 
-    def __init__(self, gm: GraphModule, runner: RecipeRunner, prompts: Sequence[torch.Tensor], max_len: int = 40):
+    def __init__(
+        self, gm: GraphModule, runner: RecipeRunner, prompts: Sequence[torch.Tensor], max_len: int = 40
+    ):
         self.runner = runner
         self.tokens = [prompt.tolist() for prompt in prompts]
         self.done = [0] * len(prompts)
@@ -118,14 +122,16 @@ class Sequences:
         self.table = shuffled.view(len(prompts), self.per_sequence).to(torch.int32)
         self.names = [n.target for n in gm.graph.nodes if n.op == "placeholder"]
         self.pages = {
-            n.target: torch.full((pages, PAGE_SIZE, *n.meta["val"].shape[2:]), torch.nan, dtype=n.meta["val"].dtype)
+            n.target: torch.full(
+                (pages, PAGE_SIZE, *n.meta["val"].shape[2:]), torch.nan, dtype=n.meta["val"].dtype
+            )
             for n in gm.graph.nodes
             if n.op == "placeholder" and n.target.startswith(("k_pages", "v_pages"))
         }
 
     @torch.no_grad()
     def step(self, counts: Sequence[int]) -> torch.Tensor:
-        """Feed the next `counts[s]` tokens of each sequence; logits [sequences with tokens, V] of their last rows."""
+        """Feed the next `counts[s]` tokens of each sequence; logits [live, V] of their last rows."""
         ids, positions, slots, rows, starts = [], [], [], [], [0]
         for s, count in enumerate(counts):
             for position in range(self.done[s], self.done[s] + count):
@@ -144,7 +150,9 @@ class Sequences:
             "slots": torch.tensor(slots),
             "block_table": self.table,
             "query_start": torch.tensor(starts, dtype=torch.int32),
-            "seq_lens": torch.tensor([d if c else 0 for d, c in zip(self.done, counts, strict=True)], dtype=torch.int32),
+            "seq_lens": torch.tensor(
+                [d if c else 0 for d, c in zip(self.done, counts, strict=True)], dtype=torch.int32
+            ),
             "max_query_len": max(counts),
             **self.pages,
         }
@@ -155,6 +163,6 @@ class Sequences:
 def lab() -> SimpleNamespace:
     """The helpers above by name."""
     return SimpleNamespace(
-        export=export, ops=ops, check_run=check_run, difference=difference, family=family, RecipeRunner=RecipeRunner,
-        Sequences=Sequences,
+        export=export, ops=ops, check_run=check_run, difference=difference, family=family,
+        RecipeRunner=RecipeRunner, Sequences=Sequences,
     )  # fmt: skip

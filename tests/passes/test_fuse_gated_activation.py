@@ -62,7 +62,9 @@ def test_near_misses_say_why(lab, rule, reason):
 
 def test_an_activation_that_gates_nothing_is_not_a_miss(lab):
     x = torch.randn(2, 5, 16)
-    result, _ = lab.check_run(FuseGatedActivation(), lab.export(Gated(lambda g, u, b: F.silu(g)), x), x, matched=0)
+    result, _ = lab.check_run(
+        FuseGatedActivation(), lab.export(Gated(lambda g, u, b: F.silu(g)), x), x, matched=0
+    )
     assert result.skipped == []
 
 

@@ -92,7 +92,10 @@ def test_an_offset_on_the_weight_stays_an_addition(lab):
     ("rule", "reason"),
     [
         (lambda x, w, b: F.layer_norm(x, (4, 32)), "not the last dimension"),
-        (lambda x, w, b: torch.stack(torch.native_layer_norm(x, [4, 32], None, None, 1e-5)[1:]), "not the last"),
+        (
+            lambda x, w, b: torch.stack(torch.native_layer_norm(x, [4, 32], None, None, 1e-5)[1:]),
+            "not the last",
+        ),
         (lambda x, w, b: x * torch.rsqrt(centred(x).pow(2).mean(-1, keepdim=True) + 1e-5), "another tensor"),
     ],
 )

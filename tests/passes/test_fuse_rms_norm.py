@@ -133,12 +133,22 @@ def test_a_weight_in_a_wider_dtype_stays_outside(lab):
 
 
 NEAR_MISSES = [
-    (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6)), torch.float32, "not the last"),
+    (
+        lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-6)),
+        torch.float32,
+        "not the last",
+    ),
     (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean() + 1e-6)), torch.float32, "all dimensions"),
-    (lambda x, w: w * (w * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), torch.float32, "another tensor"),
+    (
+        lambda x, w: w * (w * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+        torch.float32,
+        "another tensor",
+    ),
     (lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), torch.bfloat16, "bfloat16"),
     (
-        lambda x, w: w.float() * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)) + x,
+        lambda x, w: (
+            w.float() * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)) + x
+        ),
         torch.bfloat16,
         None,
     ),
@@ -174,5 +184,8 @@ def test_eager_op_is_the_reference():
     """The op itself against torch, so that the comparisons above mean something."""
     x, w = torch.randn(4, 32), torch.randn(32)
     torch.testing.assert_close(
-        torch.ops.qcompiler.rms_norm(x, w, 1e-5, 0.0, False), F.rms_norm(x, (32,), w, 1e-5), rtol=1e-6, atol=1e-6
+        torch.ops.qcompiler.rms_norm(x, w, 1e-5, 0.0, False),
+        F.rms_norm(x, (32,), w, 1e-5),
+        rtol=1e-6,
+        atol=1e-6,
     )

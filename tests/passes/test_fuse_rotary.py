@@ -57,7 +57,12 @@ def test_rotations_of_transformers_become_one_op_each_bit_for_bit(lab, module, c
     nodes = [n for n in gm.graph.nodes if str(n.target) == ROTARY]
     assert [n.args[3] for n in nodes] == [interleaved] * 2
     assert nodes[0].args[1:3] == nodes[1].args[1:3]  # q and k share their tables
-    assert not set(lab.ops(gm)) & {"aten.neg.default", "aten.add.Tensor", "aten.sub.Tensor", "aten.stack.default"}
+    assert not set(lab.ops(gm)) & {
+        "aten.neg.default",
+        "aten.add.Tensor",
+        "aten.sub.Tensor",
+        "aten.stack.default",
+    }
 
 
 def test_tables_in_fp32_with_a_rounding_at_the_end(lab):
@@ -132,7 +137,12 @@ def test_ragged_tokens_stay_symbolic(lab):
     gm = lab.export(Model(), *inputs, dynamic=1)
     _, difference = lab.check_run(FuseRotary(), gm, *inputs, matched=1)
     assert difference == 0
-    assert gm(torch.randn(1, 3, HEADS * WIDTH), torch.randn(1, 3, HEADS * WIDTH)).shape == (1, HEADS, 3, WIDTH)
+    assert gm(torch.randn(1, 3, HEADS * WIDTH), torch.randn(1, 3, HEADS * WIDTH)).shape == (
+        1,
+        HEADS,
+        3,
+        WIDTH,
+    )
 
 
 def wrong_sign(x):
@@ -163,9 +173,18 @@ def test_the_turned_tensor_must_be_the_one_scaled(lab):
     ("rule", "reason"),
     [
         (lambda q, k, c, s: (((h := q[0]) * c + rotate_half(h) * s)[None], k), "3 dimensions"),
-        (lambda q, k, c, s: (q * c[:, None, :, :1] + rotate_half(q) * s[:, None], k), "1 columns for 16 channels"),
+        (
+            lambda q, k, c, s: (q * c[:, None, :, :1] + rotate_half(q) * s[:, None], k),
+            "1 columns for 16 channels",
+        ),
         (lambda q, k, c, s: (q * c[:, None] + rotate_half(q) * s, k), "different ranks"),
-        (lambda q, k, c, s: (q.float() * c.float()[:, None] + rotate_half(q.float()) * s.float()[:, None], k), None),
+        (
+            lambda q, k, c, s: (
+                q.float() * c.float()[:, None] + rotate_half(q.float()) * s.float()[:, None],
+                k,
+            ),
+            None,
+        ),
     ],
 )
 def test_near_misses_say_why(lab, rule, reason):

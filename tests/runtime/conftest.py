@@ -1,4 +1,4 @@
-"""Artifacts for the tests of the runtime: the shipped tiny-llama, compiled through capture, passes and emitter."""
+"""Artifacts for the tests of the runtime: tiny-llama through capture, passes and emitter."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def copy_of(tmp_path) -> Callable[[Path], Path]:
 
 
 def reseal(artifact: Path, **changes: Any) -> Path:
-    """Make digests and checksum fit again after tampering, as an attacker would; `changes` go into the manifest."""
+    """Make digests fit again after tampering, as an attacker would; `changes` go into the manifest."""
     import hashlib
     import json
 

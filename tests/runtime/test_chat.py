@@ -9,9 +9,9 @@ import pytest
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.chat import ChatTemplate, find_template
 
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""  # noqa: E501
 
-LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""  # noqa: E501
 
 TOOLS = """{{- bos_token }}
 {%- set ns = namespace(last=-1) %}
@@ -63,18 +63,30 @@ UNTRIMMED = """
    {# a comment #}
   {% if documents %}{{ documents | length }}{% endif %}
 
-{{ messages | map(attribute='role') | unique | join(', ') }} {{ 7 // 2 }} {{ 2 ** 3 }} {{ '%s!' % 'x' }} {{ '<&>' }}
+{{ messages | map(attribute='role') | unique | join(', ') }} {{ 7 // 2 }} {{ 2 ** 3 }}
+{{ '%s!' % 'x' }} {{ '<&>' }}
 {%- set d = dict(a=1) %}{{ d.a }}{{ messages[-1].get('name', 'nobody') }}
 """
 
-TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "tools": TOOLS, "generation": GENERATION, "untrimmed": UNTRIMMED}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama2": LLAMA2,
+    "tools": TOOLS,
+    "generation": GENERATION,
+    "untrimmed": UNTRIMMED,
+}
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "  What is <b>naïve</b>? {{ 7*7 }} "},
     {"role": "assistant", "content": "A word."},
-    {"role": "user", "content": "漢字 \"quoted\" it's"},
+    {"role": "user", "content": '漢字 "quoted" it\'s'},
 ]
-WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "Zürich", "a": [1, {"b": None}]}}}]
+WEATHER = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"city": "Zürich", "a": [1, {"b": None}]}},
+    }
+]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +102,11 @@ def oracle(tiny_folder):
 @pytest.mark.parametrize("chat", [CHAT, CHAT[1:2]])
 def test_rendering_equals_that_of_transformers(oracle, name, generation_prompt, tools, chat):
     expected = oracle.apply_chat_template(
-        chat, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=generation_prompt, tools=tools
+        chat,
+        chat_template=TEMPLATES[name],
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        tools=tools,
     )
     template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
     assert template.render(chat, add_generation_prompt=generation_prompt, tools=tools) == expected
@@ -113,12 +129,12 @@ def test_the_templates_own_complaint_reaches_the_user():
 
 LOOPS = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% set x = b %}{% endfor %}{% endfor %}",
-    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% set ns = namespace(s='xxxx') %}{% for a in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "{% set ns = namespace(s='xxxx') %}{% for a in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "{% set ns = namespace(s='xxxx') %}{% for a in range(99) %}{% set ns.s = ns.s.replace('x', ns.s) %}{% endfor %}",
+    "{% set n = namespace(s='xx') %}{% for a in range(9) %}{% set n.s = n.s.replace('x', n.s) %}{% endfor %}",
     "{{ 'x' * 10 ** 10 }}",
     "{{ [0] * 999999999 }}",
     "{{ 9 ** 9 ** 9 }}",

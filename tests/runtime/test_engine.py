@@ -15,7 +15,12 @@ from qcompiler.runtime.model import load
 from qcompiler.runtime.pages import PageAllocator
 from qcompiler.runtime.sampling import SamplingParams
 
-PROMPTS = ["Once upon a time", "The", "It is a truth universally acknowledged, that a single man", "fn main() {"]
+PROMPTS = [
+    "Once upon a time",
+    "The",
+    "It is a truth universally acknowledged, that a single man",
+    "fn main() {",
+]
 
 
 def engine_for(model, **options):
@@ -287,7 +292,9 @@ def test_threads_share_an_engine(float_model, alone):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda p: float_model.generate_tokens(p, max_tokens=24).token_ids, encode(float_model)))
+        results = list(
+            pool.map(lambda p: float_model.generate_tokens(p, max_tokens=24).token_ids, encode(float_model))
+        )
     assert results == alone
 
 

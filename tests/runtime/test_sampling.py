@@ -57,7 +57,9 @@ def test_repetition_penalty_equals_that_of_transformers():
     params = SamplingParams(temperature=0.0, repetition_penalty=1.7)
     penalized = oracle(scores[0], SamplingParams(temperature=1.0, repetition_penalty=1.7), history)
     assert sample(scores, [SamplerState(params)], [history]) == [int(penalized.argmax())]
-    scores[0, 17] = 50.0  # the penalty must be able to change the choice, and must not touch the caller's logits
+    scores[0, 17] = (
+        50.0  # the penalty must be able to change the choice, and must not touch the caller's logits
+    )
     before = scores.clone()
     chosen = sample(scores, [SamplerState(SamplingParams(repetition_penalty=100.0))], [history])
     assert chosen != [17]
@@ -163,7 +165,12 @@ def test_one_stop_string_may_stand_alone():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.floats(0.05, 5), st.integers(0, 30), st.floats(0.01, 1), st.floats(0, 1), st.integers(0, 2**32), st.integers(2, 40)
+    st.floats(0.05, 5),
+    st.integers(0, 30),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**32),
+    st.integers(2, 40),
 )
 def test_a_sampled_token_is_always_one_that_was_kept(temperature, top_k, top_p, min_p, seed, vocabulary):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.tokenizer import Detokenizer, TextStream, Tokenizer
 
-TEXTS = ["Once upon a time", "", " leading", "naïve café — 漢字 🙂👩‍👩‍👧", "a</s>b", "\n\n\tdef f(x):\n  return x", "\ufffd"]
+TEXTS = [
+    "Once upon a time",
+    "",
+    " leading",
+    "naïve café — 漢字 🙂👩‍👩‍👧",
+    "a</s>b",
+    "\n\n\tdef f(x):\n  return x",
+    "\ufffd",
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,18 @@ def tokenizer(tiny_folder):
 @pytest.fixture(scope="module")
 def bytefallback(tmp_path_factory):
     """A SentencePiece-style tokenizer: words by '▁', other characters by their bytes."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "▁hello", "▁world", "é", "a", "b"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "▁hello",
+        "▁world",
+        "é",
+        "a",
+        "b",
+    ]
     spec = {
         "version": "1.0",
         "added_tokens": [],
@@ -96,6 +115,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_tokenizer_that_contradicts_itself_is_refused(tiny_folder, tmp_path):
+    spec = json.loads((tiny_folder / "tokenizer.json").read_text())
+    spec["post_processor"]["processors"][1]["single"][0]["SpecialToken"]["id"] = "nowhere"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def pieces_of(tokenizer, ids):
     stream = Detokenizer(tokenizer)
     return [stream.add([i]) for i in ids] + [stream.flush()]
@@ -162,13 +189,16 @@ def test_text_that_only_began_like_a_stop_string_comes_at_the_end(tokenizer):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet="ab\n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="ab\n", max_size=30),
+    st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3),
+)
 def test_streamed_text_ends_where_a_search_of_the_whole_text_would(tokenizer, text, stops):
     ids = tokenizer.encode(text, add_special_tokens=False)
     stream = TextStream(tokenizer, stops)
     shown = "".join(stream.add([t]) for t in ids) + stream.finish()
     found = [at for s in stops if (at := text.find(s)) >= 0]
-    # Pieces are tokens: a longer stop string that starts earlier but ends in a later token loses to one complete now.
+    # A longer stop string that starts earlier but ends in a later token loses to one complete now.
     assert shown == stream.text
     assert text.startswith(shown)
     assert bool(found) == stream.stopped
