@@ -32,7 +32,7 @@ class LayerSettings:
     feedback_rounds: int = 2
     min_gain: float = 0.01
     solver: str = "cg"
-    damping: float = 0.01
+    damping: float = 0.05
 
 
 @dataclass

@@ -36,7 +36,7 @@ class AQLM(CalibratedMethod):
         "beam": MethodOption(8, help="partial sums kept in the search of codes"),
         "rounds": MethodOption(4, help="rounds of codes and codebooks per linear, at most"),
         "solver": MethodOption("cg", ("cg", "adam"), "solver of the codebooks with codes fixed"),
-        "damping": MethodOption(0.01, help="share of the mean diagonal added to XXᵀ"),
+        "damping": MethodOption(0.05, help="share of the mean diagonal added to XXᵀ"),
         "epochs": MethodOption(4, help="passes over the calibration text that fine-tune a block; 0 = none"),
         "rate": MethodOption(0.01, help="relative learning rate of the fine-tuning"),
         "code_updates": MethodOption(0, help="how often fine-tuning chooses codes anew"),
