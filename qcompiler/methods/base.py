@@ -24,8 +24,10 @@ ENTRY_POINT_GROUP = "qcompiler.methods"
 
 # name -> module and class; imported at first use, so that listing methods stays light.
 _BUILT_IN = {
+    "aqlm": ("qcompiler.methods.aqlm", "AQLM"),
     "bnb": ("qcompiler.methods.bnb", "BitsAndBytes"),
     "eetq": ("qcompiler.methods.eetq", "Eetq"),
+    "gptq": ("qcompiler.methods.gptq", "GPTQ"),
     "hqq": ("qcompiler.methods.hqq", "HQQ"),
     "none": ("qcompiler.methods.none", "Unquantized"),
     "rtn": ("qcompiler.methods.rtn", "RoundToNearest"),

@@ -1,0 +1,28 @@
+"""Methods that need calibration text: they are given blocks (`qcompiler.calibration.BlockTask`) as well.
+
+A linear that lies in no block, such as the output head, is given to `quantize` as for any other method.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from qcompiler.methods.base import Method
+
+if TYPE_CHECKING:
+    from qcompiler.calibration.task import BlockResult, BlockTask
+
+
+class CalibratedMethod(Method):
+    """A method that quantizes block by block on calibration text."""
+
+    @abstractmethod
+    def quantize_block(self, task: BlockTask) -> BlockResult:
+        """Quantize `task.linears` with the specs in `task.specs`; may tune what `task.tunable()` names.
+
+        Must depend on nothing but the task, so that an interrupted run can be resumed block by block.
+
+        Args:
+            task: The block, its calibration inputs, and the method's validated options.
+        """

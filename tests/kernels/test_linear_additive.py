@@ -1,0 +1,128 @@
+"""The op `qcompiler::linear_additive`: reference, fake, and the Triton kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qcompiler.kernels.ops  # noqa: F401
+from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.kernels.formats import ADDITIVE, AdditiveSpec
+from qcompiler.kernels.formats.additive import num_groups
+
+SCHEMES = ["2x8", "1x16", "1x12", "3x8", "2x5"]
+
+
+def quantized(spec: AdditiveSpec, rows: tuple[int, ...], k: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights side by side, each with codebooks of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for n in rows:
+        shape = (n, num_groups(spec.group_size, k), spec.codebooks)
+        codes = torch.randint(0, spec.codewords, shape, generator=generator)
+        books = torch.randn(spec.codebooks, spec.codewords, spec.group_size, generator=generator)
+        parts.append(ADDITIVE.pack(spec, codes, books, torch.rand(n, generator=generator) + 0.5))
+    return ADDITIVE.concat(spec, parts)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_reference_is_a_linear_on_the_dequantized_weight(scheme, dtype):
+    spec, k = AdditiveSpec.parse(scheme), 75
+    tensors = quantized(spec, (11, 3), k)
+    x, bias = torch.randn(2, 5, k).to(dtype), torch.randn(14).to(dtype)
+    op, arguments = ADDITIVE.op_call(spec, x, tensors, bias, k)
+    y = op(*arguments)
+    wanted = x.double() @ ADDITIVE.dequantize(spec, tensors, k, torch.float64).T + bias.double()
+    assert y.shape == (2, 5, 14)
+    assert y.dtype == dtype
+    # One rounding to the output dtype, after float32 sums of 75 terms.
+    torch.testing.assert_close(y.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["2x8", "1x12", "1x16"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(scheme, with_bias):
+    spec = AdditiveSpec.parse(scheme)
+    bias = torch.randn(10) if with_bias else None
+    op, arguments = ADDITIVE.op_call(spec, torch.randn(3, 70), quantized(spec, (10,), 70), bias, 70)
+    torch.library.opcheck(op, arguments)
+
+
+def test_fake_takes_a_symbolic_token_axis():
+    spec = AdditiveSpec(2, 8)
+    tensors = quantized(spec, (10,), 128)
+
+    class Linear(torch.nn.Module):
+        def forward(self, x):
+            op, arguments = ADDITIVE.op_call(spec, x, tensors, None, 128)
+            return op(*arguments)
+
+    exported = torch.export.export(
+        Linear(), (torch.randn(1, 7, 128),), dynamic_shapes=({1: torch.export.Dim("tokens")},)
+    )
+    x = torch.randn(1, 3, 128)
+    torch.testing.assert_close(exported.module()(x), Linear()(x))
+
+
+def test_wrong_arguments_are_refused_by_name():
+    spec = AdditiveSpec(2, 8)
+    op, arguments = ADDITIVE.op_call(spec, torch.randn(3, 100), quantized(spec, (10,), 128), None, 128)
+    with pytest.raises(InvalidInputError, match="x has 100 features"):
+        op(*arguments)
+    _, *rest = arguments
+    with pytest.raises(InvalidInputError, match="with 12-bit codes"):
+        op(torch.randn(3, 128), *rest[:-2], 12, 128)
+    with pytest.raises(InvalidInputError, match="codes are"):
+        op(torch.randn(3, 256), *rest[:-2], 8, 256)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size"), [("2x8", 8), ("1x16", 8), ("1x12", 8), ("3x8", 4), ("2x5", 16), ("2x9", 8)]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 5, 70])
+def test_kernels_give_what_the_reference_gives(scheme, group_size, tokens):
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec, k = AdditiveSpec.parse(scheme, group_size), 300
+    tensors = {part: t.to(device) for part, t in quantized(spec, (37, 5, 30), k).items()}
+    # Columns past K are NaN in memory: a kernel that reads them gives NaN.
+    x = torch.full((tokens, k + 13), float("nan"), device=device)[:, :k]
+    x.copy_(torch.randn(tokens, k))
+    bias = torch.randn(72, device=device)
+    for extra in (None, bias):
+        op, arguments = ADDITIVE.op_call(spec, x, tensors, extra, k)
+        found = linear_additive_triton(*arguments)
+        wanted = op(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments))
+        # Sums of 300 products in another order.
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [2, 17])
+def test_kernels_take_half_precision(dtype, tokens):
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec = AdditiveSpec(2, 8)
+    tensors = {part: t.to(device) for part, t in quantized(spec, (40,), 72).items()}
+    x = torch.randn(1, tokens, 72).to(device, dtype)
+    _, arguments = ADDITIVE.op_call(spec, x, tensors, None, 72)
+    found = linear_additive_triton(*arguments)
+    dense = ADDITIVE.dequantize(spec, tensors, 72, torch.float32)
+    assert found.dtype == dtype
+    # The tensor cores take the weight rounded to x's dtype.
+    error = (found.float() - x.float() @ dense.T).norm() / (x.float() @ dense.T).norm()
+    assert error < torch.finfo(dtype).eps
+
+
+def test_no_tokens_give_no_rows():
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    spec = AdditiveSpec(2, 8)
+    _, arguments = ADDITIVE.op_call(spec, torch.randn(2, 0, 72), quantized(spec, (40,), 72), None, 72)
+    assert linear_additive_triton(*arguments).shape == (2, 0, 40)
