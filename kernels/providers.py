@@ -209,7 +209,41 @@ class AffineCpuDense(_AffineCpu):
         return kept, {}
 
 
-_PROVIDERS: tuple[type[_AffineCpu], ...] = (AffineCpuInt4, AffineCpuInt8, AffineCpuDense)
+class GroupedAffineCpuDense(_AffineCpu):
+    """Expert weights dequantized once into the activations' dtype, and a plain grouped linear."""
+
+    name = "cpu-dense"
+    op_name = "grouped_linear_affine"
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """`qcompiler::grouped_linear`."""
+        return registered_ops()["grouped_linear"].overload
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Every affine weight, on CPUs, unless memory is to be saved."""
+        if self.device.type != "cpu":
+            return "runs on CPUs"
+        return "keeps dense weights" if self.lean else None
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """Dequantize; the number of experts is told by `attrs["experts"]`, or by the offsets themselves."""
+        experts = attrs["experts"] if "experts" in attrs else attrs["offsets"].shape[0]
+        dense = self._dense(tensors, attrs)
+        kept = {"weight": dense.view(experts, -1, dense.shape[1])}
+        if tensors.get("bias") is not None:
+            kept["bias"] = tensors["bias"]
+        return kept, {"offsets": attrs["offsets"], "transposed": False}
+
+
+_PROVIDERS: tuple[type[_AffineCpu], ...] = (
+    AffineCpuInt4,
+    AffineCpuInt8,
+    AffineCpuDense,
+    GroupedAffineCpuDense,
+)
 
 
 def select_provider(
