@@ -1,4 +1,4 @@
-"""`aten.embedding` → the gathering op of a storage format; an output head tied to the table shares its tensors.
+"""`aten.embedding` → the gathering op of a storage format; a tied output head shares the stored tensors.
 
 Run before `QuantizeLinears`, which would give a tied head tensors of its own.
 """

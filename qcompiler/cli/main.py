@@ -46,6 +46,9 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these linears alone; repeatable.")
 @click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
 @click.option(
+    "--embedding-bits", type=int, help="Quantize token embeddings too: 8 or 4; a tied head shares the table."
+)
+@click.option(
     "--hqq-solver", type=click.Choice(["search", "reference"]), help="hqq: ours, or the published one."
 )
 @click.option(
