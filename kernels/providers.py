@@ -209,7 +209,43 @@ class AffineCpuDense(_AffineCpu):
         return kept, {}
 
 
-_PROVIDERS: tuple[type[_AffineCpu], ...] = (AffineCpuInt4, AffineCpuInt8, AffineCpuDense)
+class GroupedAffineCpuDense(_AffineCpu):
+    """Expert weights dequantized once into the activations' dtype, and a plain grouped linear."""
+
+    name = "cpu-dense"
+    op_name = "grouped_linear_affine"
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """`qcompiler::grouped_linear`."""
+        return registered_ops()["grouped_linear"].overload
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Every affine weight, on CPUs, unless memory is to be saved."""
+        if self.device.type != "cpu":
+            return "runs on CPUs"
+        experts = _experts(attrs)
+        if not experts or tensors["low"].shape[0] % experts:
+            return "must know how many experts the stored rows are divided among"
+        return "keeps dense weights" if self.lean else None
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """Dequantize; offsets that are no tensor yet need `attrs["experts"]` beside them."""
+        dense = self._dense(tensors, attrs)
+        kept = {"weight": dense.view(_experts(attrs), -1, dense.shape[1])}
+        if tensors.get("bias") is not None:
+            kept["bias"] = tensors["bias"]
+        return kept, {"offsets": attrs["offsets"], "transposed": False}
+
+
+_PROVIDERS: tuple[type[_AffineCpu], ...] = (
+    AffineCpuInt4,
+    AffineCpuInt8,
+    AffineCpuDense,
+    GroupedAffineCpuDense,
+)
 
 
 def select_provider(
@@ -245,6 +281,11 @@ def select_provider(
         if provider.op_name == op_name and provider.supports(attrs, tensors) is None:
             return provider
     return Canonical(op_name, device, dtype, lean)
+
+
+def _experts(attrs: Mapping[str, Any]) -> int:
+    offsets = attrs["offsets"]
+    return int(attrs.get("experts") or (offsets.shape[0] if isinstance(offsets, torch.Tensor) else 0))
 
 
 def _int4_group(attrs: Mapping[str, Any]) -> int | None:

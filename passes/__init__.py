@@ -23,10 +23,13 @@ from qcompiler.passes.gather_logits_rows import GatherLogitsRows
 from qcompiler.passes.graph_text import graph_text
 from qcompiler.passes.insert_paged_kv_cache import InsertPagedKVCache, InsertRagged
 from qcompiler.passes.manager import PassManager
-from qcompiler.passes.quantize_linears import QuantizedLinear, QuantizeLinears, QuantizeResult
+from qcompiler.passes.quantize_embeddings import QuantizeEmbeddings
+from qcompiler.passes.quantize_linears import QuantizeLinears
+from qcompiler.passes.quantized_weights import QuantizedLinear, QuantizeResult
 from qcompiler.passes.select_kernels import SelectKernels
 from qcompiler.passes.weights import (
     Concat,
+    ExpertRows,
     Loaded,
     Quantized,
     Recipe,
@@ -39,6 +42,7 @@ from qcompiler.passes.weights import (
 __all__ = [
     "AddmmToLinear",
     "Concat",
+    "ExpertRows",
     "Functionalize",
     "FuseAddNorm",
     "FuseGatedActivation",
@@ -55,6 +59,7 @@ __all__ = [
     "Pass",
     "PassManager",
     "PassResult",
+    "QuantizeEmbeddings",
     "QuantizeLinears",
     "QuantizeResult",
     "Quantized",

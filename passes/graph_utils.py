@@ -311,6 +311,12 @@ def set_attribute(gm: GraphModule, fqn: str, tensor: torch.Tensor) -> None:
     module.register_buffer(name, tensor.detach())
 
 
+def remove_attribute(gm: GraphModule, fqn: str) -> None:
+    """Let go of the tensor named `fqn`; nodes that read it must be replaced before the graph is linted."""
+    owner, _, name = fqn.rpartition(".")
+    delattr(gm.get_submodule(owner), name)
+
+
 def insert_attribute(gm: GraphModule, fqn: str) -> Node:
     """Insert a node that reads the tensor `fqn` at the insertion point, with its value filled."""
     graph = gm.graph

@@ -60,6 +60,19 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class ExpertRows:
+    """Expert weights [experts, out, in] as one matrix [experts·out, in].
+
+    Attributes:
+        source: How to make the 3-D weight.
+        transposed: It is [experts, in, out].
+    """
+
+    source: Recipe
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Concat:
     """Tensors side by side along `dim`."""
 
@@ -67,7 +80,7 @@ class Concat:
     dim: int = 0
 
 
-Recipe = Loaded | Zeros | Quantized | Concat
+Recipe = Loaded | Zeros | Quantized | ExpertRows | Concat
 Load = Callable[[str], torch.Tensor]
 Quantize = Callable[[Quantized], Mapping[str, torch.Tensor]]
 
@@ -86,7 +99,7 @@ def sources(recipe: Recipe) -> list[str]:
     """Names of the checkpoint tensors that a recipe reads, in order."""
     if isinstance(recipe, Loaded):
         return [recipe.source]
-    if isinstance(recipe, Quantized):
+    if isinstance(recipe, (Quantized, ExpertRows)):
         return sources(recipe.source)
     if isinstance(recipe, Concat):
         return [name for part in recipe.parts for name in sources(part)]
@@ -110,6 +123,9 @@ def resolve(recipe: Recipe, load: Load, quantize: Quantize | None = None) -> tor
         return tensor.t().contiguous() if recipe.transposed else tensor
     if isinstance(recipe, Zeros):
         return torch.zeros(recipe.shape, dtype=recipe.dtype)
+    if isinstance(recipe, ExpertRows):
+        stacked = resolve(recipe.source, load, quantize)
+        return (stacked.transpose(1, 2) if recipe.transposed else stacked).flatten(0, 1)
     if isinstance(recipe, Concat):
         return torch.cat([resolve(part, load, quantize) for part in recipe.parts], dim=recipe.dim)
     if quantize is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.options import CompileOptions
+from qcompiler.passes import QuantizedLinear
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
 from qcompiler.report import SkippedLayer, format_bytes, shorten
@@ -40,6 +41,7 @@ class Estimate:
         memory_bytes: Peak host memory.
         gpu_memory_bytes: Peak GPU memory, 0 on the CPU.
         disk_bytes: Free disk needed while compiling: the artifact and the finished layers beside it.
+        embeddings: The planned embedding tables, described as the linears are.
         seconds: Time, from timing the method on a sample on this machine; evaluation not included.
     """
 
@@ -55,6 +57,7 @@ class Estimate:
     gpu_memory_bytes: int
     disk_bytes: int
     seconds: float
+    embeddings: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -66,12 +69,12 @@ class Estimate:
         from rich.table import Table
 
         shapes: dict[tuple[int, int, int, float], list[str]] = {}
-        for layer in self.linears:
+        for layer in [*self.linears, *self.embeddings]:
             key = (layer["out_features"], layer["in_features"], layer["bits"], layer["bits_per_weight"])
             shapes.setdefault(key, []).append(layer["name"])
         table = Table(title=escape(f"{self.model}: {self.method} on {self.device}"), title_justify="left")
         for column, justify in (
-            ("linears", "right"),
+            ("weights", "right"),
             ("shape", "left"),
             ("bits", "right"),
             ("bits/weight", "right"),
@@ -107,21 +110,11 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         (progress or Progress()).note(note)
     sizes = Sizes(plan)
     memory, gpu = memory_needed(plan)
-    linears = [
-        {
-            "name": layer.name,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "bits": getattr(layer.spec, "bits", 0),
-            "bits_per_weight": sizes.layer_bits(layer),
-        }
-        for layer in plan.layers
-    ]
     return Estimate(
         model=options.model,
         method=options.method,
         device=str(plan.device),
-        linears=linears,
+        linears=[described(layer, sizes) for layer in plan.linears],
         linears_skipped=plan.skipped,
         bits_per_weight=sizes.bits_per_weight,
         bits_per_weight_linears=sizes.bits_per_weight_linears,
@@ -130,7 +123,19 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         gpu_memory_bytes=gpu,
         disk_bytes=disk_needed(sizes),
         seconds=seconds_needed(plan),
+        embeddings=[described(layer, sizes) for layer in plan.embeddings],
     )
+
+
+def described(layer: QuantizedLinear, sizes: Sizes) -> dict[str, Any]:
+    """One planned weight; of experts, `out_features` are the rows of all together."""
+    return {
+        "name": layer.name,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "bits": getattr(layer.spec, "bits", 0),
+        "bits_per_weight": sizes.layer_bits(layer),
+    }
 
 
 def check_resources(plan: CompilePlan) -> None:
@@ -168,10 +173,18 @@ def check_resources(plan: CompilePlan) -> None:
 
 def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     """Peak host and GPU bytes: the largest weight with its solver copies, or the evaluation's activations."""
-    largest = max((layer.out_features * layer.in_features for layer in plan.layers), default=0)
-    solver = largest * (plan.dtype.itemsize + 4 * _SOLVER_COPIES)
+    # Experts are read together and solved one by one.
+    solver = max(
+        (
+            layer.out_features * layer.in_features * plan.dtype.itemsize
+            + layer.out_features // layer.experts * layer.in_features * 4 * _SOLVER_COPIES
+            for layer in plan.layers
+        ),
+        default=0,
+    )
     weights = [tensor.numel() for tensor in plan.captured.graph.state_dict().values()]
-    widest = max((max(layer.out_features, layer.in_features) for layer in plan.layers), default=0)
+    widths = ((layer.out_features // layer.experts, layer.in_features) for layer in plan.linears)
+    widest = max((size for pair in widths for size in pair), default=0)
     head = max(weights, default=0) * plan.dtype.itemsize
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
@@ -192,11 +205,12 @@ def seconds_needed(plan: CompilePlan) -> float:
         return 0.0
     generator = torch.Generator().manual_seed(0)
     layer = max(plan.layers, key=lambda item: item.out_features * item.in_features)
+    method, method_options = plan.method_of(layer)
     rows = max(1, min(layer.out_features, (1 << 18) // layer.in_features))
     sample = torch.randn(rows, layer.in_features, generator=generator).mul_(0.02).to(plan.device)
-    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")  # the first call warms up
+    method.quantize(sample, layer.spec, method_options, name="sample")  # the first call warms up
     started = time.perf_counter()
-    plan.method.quantize(sample, layer.spec, plan.method_options, name="sample")
+    method.quantize(sample, layer.spec, method_options, name="sample")
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     per_weight = (time.perf_counter() - started) / sample.numel()

@@ -49,6 +49,37 @@ class LayerPlan:
             return "expert router"
         return self._options.bits
 
+    def embedding_bits_for(self, name: str) -> int | str:
+        """Bits per code of the embedding table `name`, or why it is left alone."""
+        for pattern in self._options.skip:
+            if matches(pattern, name):
+                self._unused.discard(pattern)
+                return f"--skip {pattern}"
+        override = self._override(name)
+        if override is not None:
+            return override
+        return self._options.embedding_bits or "embedding (quantize it with --embedding-bits)"
+
+    def shares_embedding(self, name: str) -> str | None:
+        """None if the linear `name`, tied to a quantized embedding, reads its tensors; else why not.
+
+        Raises:
+            InvalidInputError: Other bits were asked for it than for the embedding.
+        """
+        for pattern in self._options.skip:
+            if matches(pattern, name):
+                self._unused.discard(pattern)
+                return f"--skip {pattern}"
+        override = self._override(name)
+        wanted = override if override is not None else self._options.lm_head_bits
+        if wanted is not None and wanted != self._options.embedding_bits:
+            raise InvalidInputError(
+                f"{name} is tied to the embedding: it cannot have {wanted} bits and the embedding "
+                f"{self._options.embedding_bits}",
+                hint="One table is stored for both: give one width, or --skip one of them.",
+            )
+        return None
+
     def check_all_used(self, names: list[str]) -> None:
         """Refuse patterns that matched no linear: a typo would otherwise pass in silence.
 
@@ -82,4 +113,5 @@ class LayerPlan:
             "skip": list(self._options.skip),
             "overrides": [list(pair) for pair in self._options.bits_overrides],
             "lm_head_bits": self._options.lm_head_bits,
+            "embedding_bits": self._options.embedding_bits,
         }

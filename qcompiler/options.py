@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompiler.kernels.errors import InvalidInputError
 
+EMBEDDING_BITS = (8, 4)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -27,6 +28,7 @@ class CompileOptions:
         skip: Shell patterns of linears left in the activation dtype (`*.o_proj`, `model.layers.0.*`).
         bits_overrides: (pattern, bits) pairs; the last match wins.
         lm_head_bits: Quantize the output head too, at this width.
+        embedding_bits: Quantize token embeddings too, at 8 or 4 bits; a tied head shares the table.
         method_options: Options of the method itself (for hqq: `solver`).
         eval_text: Text file for the quality figures; None means the text that ships.
         eval_tokens: Tokens of it to score; 0 skips the evaluation.
@@ -50,6 +52,7 @@ class CompileOptions:
     skip: tuple[str, ...] = ()
     bits_overrides: tuple[tuple[str, int], ...] = ()
     lm_head_bits: int | None = None
+    embedding_bits: int | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     eval_text: Path | None = None
     eval_tokens: int = 4096
@@ -66,6 +69,11 @@ class CompileOptions:
         if self.dtype not in DTYPES:
             raise InvalidInputError(
                 f"dtype {self.dtype!r} is not known", hint=f"Choose one of {', '.join(DTYPES)}."
+            )
+        if self.embedding_bits not in (None, *EMBEDDING_BITS):
+            raise InvalidInputError(
+                f"embeddings cannot have {self.embedding_bits} bits",
+                hint=f"Choose from {', '.join(map(str, EMBEDDING_BITS))}.",
             )
         if self.eval_tokens < 0 or 0 < self.eval_tokens < 2:
             raise InvalidInputError(

@@ -23,7 +23,7 @@ from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
 from qcompiler.quality import Quality
 from qcompiler.quantize_weights import WeightStream
-from qcompiler.report import CompileReport, LayerReport, peak_rss_bytes
+from qcompiler.report import CompileReport, EmbeddingReport, LayerReport, peak_rss_bytes
 from qcompiler.sizes import Sizes
 from qcompiler.workspace import Workspace, writing
 
@@ -74,9 +74,9 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         bytes=written.nbytes,
         bits_per_weight=sizes.bits_per_weight,
         bits_per_weight_linears=sizes.bits_per_weight_linears,
-        linears_quantized=len(plan.layers),
+        linears_quantized=plan.linears_quantized,
         linears_skipped=plan.skipped,
-        linears_total=len(plan.layers) + len(plan.skipped),
+        linears_total=plan.linears_quantized + len(plan.skipped),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=peak_rss_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0,
@@ -84,6 +84,10 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         manifest_sha256=written.manifest_sha256,
         layers=layers,
         resumed_layers=resumed,
+        embeddings=[
+            EmbeddingReport(layer.name, sizes.layer_bits(layer), layer.shared_with)
+            for layer in plan.embeddings
+        ],
     )
 
 
@@ -127,7 +131,11 @@ def emit(
     report = {
         "bits_per_weight": sizes.bits_per_weight,
         "bits_per_weight_linears": sizes.bits_per_weight_linears,
-        "linears_quantized": len(plan.layers),
+        "linears_quantized": plan.linears_quantized,
+        "embeddings": [
+            {"name": layer.name, "bits_per_weight": sizes.layer_bits(layer), "shared_with": layer.shared_with}
+            for layer in plan.embeddings
+        ],
         "linears_skipped": [{"name": s.name, "reason": s.reason} for s in plan.skipped],
         "layers": [vars(layer) for layer in layers],
         "quality": quality.to_json() if quality else None,

@@ -14,10 +14,18 @@ from qcompiler.capture import CapturedModel, ModelSource, capture
 from qcompiler.checkpoint import Checkpoint
 from qcompiler.checkpoint.files import read_json
 from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.kernels.formats import EmbeddingFormat, get_format
 from qcompiler.layer_plan import LayerPlan
 from qcompiler.methods.base import get_method
 from qcompiler.options import CompileOptions
-from qcompiler.passes import PassManager, QuantizedLinear, QuantizeLinears, canonical_passes
+from qcompiler.passes import (
+    Pass,
+    PassManager,
+    QuantizedLinear,
+    QuantizeEmbeddings,
+    QuantizeLinears,
+    canonical_passes,
+)
 from qcompiler.passes.quantize_linears import linear_like, linear_name
 from qcompiler.report import SkippedLayer
 
@@ -35,12 +43,13 @@ class CompilePlan:
         source: The model and its checkpoint.
         captured: The model as captured; its graph is canonical and still float.
         quantized_graph: A copy of it with the chosen linears in their storage formats, on meta.
-        layers: The chosen linears in graph order.
+        layers: The weights to quantize in graph order: linears, experts and embeddings.
         skipped: The others, and why.
         method: The quantization method.
         method_options: Its options, defaults filled in.
         device: Where weights are quantized and quality is measured.
         passes: What each pass did.
+        embedding_method: The method of embeddings; that of the linears where its format can be gathered.
     """
 
     options: CompileOptions
@@ -53,6 +62,28 @@ class CompilePlan:
     method_options: dict[str, Any]
     device: torch.device
     passes: list[PassResult] = field(default_factory=list)
+    embedding_method: Method | None = None
+
+    @property
+    def linears(self) -> list[QuantizedLinear]:
+        """The layers that are linears or experts."""
+        return [layer for layer in self.layers if layer.kind != "embedding"]
+
+    @property
+    def embeddings(self) -> list[QuantizedLinear]:
+        """The layers that are embedding tables."""
+        return [layer for layer in self.layers if layer.kind == "embedding"]
+
+    @property
+    def linears_quantized(self) -> int:
+        """Linears that run on stored codes, those tied to an embedding too."""
+        return len(self.linears) + sum(len(layer.shared_with) for layer in self.embeddings)
+
+    def method_of(self, layer: QuantizedLinear) -> tuple[Method, dict[str, Any]]:
+        """The method that quantizes a layer, and its options."""
+        if layer.kind == "embedding" and self.embedding_method not in (None, self.method):
+            return cast("Method", self.embedding_method), {}
+        return self.method, self.method_options
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -104,12 +135,17 @@ def make_plan(options: CompileOptions) -> CompilePlan:
         return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
+    embedding_method = pick_embedding_method(method) if options.embedding_bits else None
     quantize = QuantizeLinears(choose)
     quantize.required = False  # told below in the user's terms
-    (result,) = PassManager([quantize], dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
-    skipped = [SkippedLayer(name, reason) for name, reason in result.skipped]
-    layers = cast("QuantizeResult", result).quantized
-    layer_plan.check_all_used([layer.name for layer in layers] + [layer.name for layer in skipped])
+    quantizing: list[Pass] = [quantize]
+    if embedding_method is not None:
+        quantizing.insert(0, quantize_embeddings(options, layer_plan, embedding_method))
+    results = PassManager(quantizing, dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
+    skipped = [SkippedLayer(name, reason) for name, reason in results[-1].skipped]
+    layers = [layer for result in results for layer in cast("QuantizeResult", result).quantized]
+    shared = [name for layer in layers for name in layer.shared_with]
+    layer_plan.check_all_used([layer.name for layer in layers] + [layer.name for layer in skipped] + shared)
     if method.quantizes and not layers:
         reasons = ", ".join(sorted({layer.reason for layer in skipped})) or "the graph has no linear"
         raise InvalidInputError(
@@ -126,8 +162,27 @@ def make_plan(options: CompileOptions) -> CompilePlan:
         method,
         method_options,
         device,
-        [*passes, result],
+        [*passes, *results],
+        embedding_method,
     )
+
+
+def pick_embedding_method(method: Method) -> Method:
+    """The method itself if its format can be gathered from, else round to nearest."""
+    return method if isinstance(get_format(method.format_name), EmbeddingFormat) else get_method("rtn")
+
+
+def quantize_embeddings(options: CompileOptions, layer_plan: LayerPlan, method: Method) -> QuantizeEmbeddings:
+    """The pass for `--embedding-bits`."""
+
+    def choose(name: str, rows: int, columns: int) -> Any:
+        bits = layer_plan.embedding_bits_for(name)
+        if isinstance(bits, str):
+            return bits
+        own = method.name == options.method
+        return method.resolve_spec(bits, options.group_size if own else None)
+
+    return QuantizeEmbeddings(choose, share=layer_plan.shares_embedding)
 
 
 def pick_device(name: str) -> torch.device:

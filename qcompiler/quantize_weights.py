@@ -9,6 +9,7 @@ import torch
 
 from qcompiler.kernels.formats import get_format
 from qcompiler.passes import QuantizedLinear
+from qcompiler.passes.quantized_weights import expert_matrices
 from qcompiler.passes.weights import Quantized, recipe_of, resolve
 from qcompiler.plan import CompilePlan
 from qcompiler.progress import Progress
@@ -19,7 +20,7 @@ from qcompiler.workspace import Workspace
 class WeightStream:
     """Final tensors of a planned graph by name: from the checkpoint, or quantized and kept in the workspace.
 
-    Holds the tensors of one layer at most.
+    Holds the tensors of one layer at most; of experts, fp32 copies of one matrix at a time.
     """
 
     def __init__(self, plan: CompilePlan, workspace: Workspace):
@@ -57,20 +58,30 @@ class WeightStream:
         return self._kept[1]
 
     def _quantize(self, layer: QuantizedLinear) -> dict[str, Any]:
-        plan = self._plan
-        weight = resolve(recipe_of(plan.captured.graph, layer.weight), plan.checkpoint.tensor).to(plan.device)
-        tensors = plan.method.quantize(weight, layer.spec, plan.method_options, name=layer.weight)
+        plan, format_ = self._plan, get_format(layer.format)
+        method, options = plan.method_of(layer)
+        weight = resolve(recipe_of(plan.captured.graph, layer.weight), plan.checkpoint.tensor)
+        experts = layer.kind == "experts"
+        matrices = expert_matrices(weight, transposed=layer.transposed) if experts else [weight]
+        parts, error, total = [], 0.0, 0.0
+        for index, matrix in enumerate(matrices):
+            # One expert at a time on the device and in fp32, whatever the layer's size.
+            moved = matrix.to(plan.device).contiguous()
+            name = f"{layer.weight}[{index}]" if experts else layer.weight
+            tensors = method.quantize(moved, layer.spec, options, name=name)
+            squares = squared_error(moved, layer, tensors)
+            error, total = error + squares[0], total + squares[1]
+            parts.append({part: tensor.cpu() for part, tensor in tensors.items()} if experts else tensors)
         report = {
             "name": layer.name,
             "out_features": layer.out_features,
             "in_features": layer.in_features,
             "bits": getattr(layer.spec, "bits", 0),
-            "bits_per_weight": get_format(layer.format).bits_per_weight(
-                layer.spec, layer.out_features, layer.in_features
-            ),
-            "relative_error": relative_error(weight, layer, tensors),
+            "bits_per_weight": format_.bits_per_weight(layer.spec, layer.out_features, layer.in_features),
+            "relative_error": error / total if total else 0.0,
         }
-        self._workspace.store(layer.name, dict(tensors), report)
+        stored = format_.concat(layer.spec, parts) if experts else dict(parts[0])
+        self._workspace.store(layer.name, stored, report)
         return report
 
 
@@ -84,11 +95,10 @@ def captured_constant(plan: CompilePlan, name: str) -> torch.Tensor | None:
     return owner.detach() if isinstance(owner, torch.Tensor) and not owner.is_meta else None
 
 
-def relative_error(
+def squared_error(
     weight: torch.Tensor, layer: QuantizedLinear, tensors: Mapping[str, torch.Tensor]
-) -> float:
-    """|W − dequantized|² / |W|², summed in float64; 0 for a weight of zeros."""
+) -> tuple[float, float]:
+    """|W − dequantized|² and |W|², summed in float64."""
     stored = get_format(layer.format).dequantize(layer.spec, tensors, layer.in_features, torch.float32)
     total = float(weight.float().square().sum(dtype=torch.float64))
-    error = float((weight.float() - stored).square_().sum(dtype=torch.float64))
-    return error / total if total else 0.0
+    return float((weight.float() - stored).square_().sum(dtype=torch.float64)), total

@@ -35,6 +35,15 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class EmbeddingReport:
+    """One quantized embedding table, and the linears that read the same stored tensors."""
+
+    name: str
+    bits_per_weight: float
+    shared_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SkippedLayer:
     """A linear left in the activation dtype, and why."""
 
@@ -60,6 +69,7 @@ class CompileReport:
     linears_total: int = 0
     layers: list[LayerReport] = field(default_factory=list)
     resumed_layers: int = 0
+    embeddings: list[EmbeddingReport] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict with the documented keys."""
@@ -83,6 +93,9 @@ class CompileReport:
             f"{self.bits_per_weight_linears:.3f} in the quantized linears",
         )
         yield "linears", f"{self.linears_quantized}/{self.linears_total} quantized"
+        for table in self.embeddings:
+            shared = f", shared with {shorten(list(table.shared_with))}" if table.shared_with else ""
+            yield "embedding", f"{table.name}: {table.bits_per_weight:.3f} bits per weight{shared}"
         for reason, names in self._skipped_by_reason().items():
             yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
         gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""

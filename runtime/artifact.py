@@ -22,6 +22,12 @@ from qcompiler.runtime.opset import OP_LIBRARIES
 from qcompiler.runtime.tensorfile import TensorReader
 
 GRAPH = "graph.json"
+# Ops over affine tensors, and what each calls the columns of its weight.
+_AFFINE_OPS = {
+    "qcompiler.linear_affine.default": "in_features",
+    "qcompiler.grouped_linear_affine.default": "in_features",
+    "qcompiler.embedding_affine.default": "embedding_dim",
+}
 _HASH_THREADS = 4
 Verify = Literal["full", "sizes"]
 
@@ -97,7 +103,7 @@ def open_artifact(path: str | Path, *, verify: Verify = "full") -> Artifact:
     for layer in manifest.layers:
         _check_layer(layer, tensors)
     for node in graph.nodes:
-        if node.op == "qcompiler.linear_affine.default":
+        if node.op in _AFFINE_OPS:
             _check_affine_node(node, tensors)
     return Artifact(root, manifest, graph, tensors)
 
@@ -186,6 +192,10 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
     except (TypeError, ValueError, LookupError) as e:
         raise ArtifactError(f"{where}: settings {layer.spec} make no sense") from e
+    if layer.out_features % layer.experts:
+        raise ArtifactError(
+            f"{where}: {layer.out_features} rows cannot be divided among {layer.experts} experts"
+        )
     if set(specs) != set(layer.tensors):
         raise ArtifactError(
             f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}"
@@ -204,14 +214,15 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
 
 
 def _check_affine_node(node: Node, tensors: TensorReader) -> None:
-    """The op's bits, group size and in_features must fit its tensors: a kernel would read beyond them."""
+    """The op's bits, group size and columns must fit its tensors: a kernel would read beyond them."""
     from qcompiler.kernels.formats import AffineSpec, get_format
 
     where = f"{GRAPH}: node {node.name!r} ({node.op})"
     call = bind(node)
+    columns = _AFFINE_OPS[node.op]
     parts = {part: call.get(part) for part in ("low", "high", "scales", "zeros")}
     stored = {part: w.name for part, w in parts.items() if isinstance(w, Weight)}
-    numbers = [call["bits"], call["group_size"], call["in_features"]]
+    numbers = [call["bits"], call["group_size"], call[columns]]
     if any(type(n) is not int for n in numbers) or any(
         w is not None and part not in stored for part, w in parts.items()
     ):
@@ -227,7 +238,7 @@ def _check_affine_node(node: Node, tensors: TensorReader) -> None:
         if entry is None or entry.shape != tuple(wanted.shape) or entry.dtype != wanted.dtype:
             found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
             raise ArtifactError(
-                f"{where}: {part} is {found}, but {numbers[0]} bits, group size {numbers[1]} and in_features "
+                f"{where}: {part} is {found}, but {numbers[0]} bits, group size {numbers[1]} and {columns} "
                 f"{numbers[2]} need {wanted.dtype} {list(wanted.shape)}"
             )
     if "high" in stored and "high" not in specs:

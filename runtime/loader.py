@@ -100,19 +100,24 @@ class _Loader:
         self.weights: dict[str, torch.Tensor] = {}
         # How many nodes still need a weight as it is stored; a prepared one takes its place.
         self.uses: Counter[str] = Counter()
+        self.experts = {
+            tensor: layer.experts for layer in artifact.manifest.layers for tensor in layer.tensors.values()
+        }
         for node in artifact.graph.nodes:
             self.uses.update(_weights_of((node.args, tuple(node.kwargs.values()))))
 
     def node(self, node: Node) -> Node:
         """The node itself, or a call of the provider's op on prepared weights."""
-        if node.target is None or not node.op.startswith("qcompiler.linear_"):
+        if node.target is None or not node.op.startswith(("qcompiler.linear_", "qcompiler.grouped_linear_")):
             return node
         call = bind(node)
         x = call.pop("x")
         names = {part: value.name for part, value in call.items() if isinstance(value, Weight)}
         attrs = {part: value for part, value in call.items() if part not in names and value is not None}
-        if any(isinstance(value, Ref) for value in attrs.values()):
+        if any(isinstance(value, Ref) for part, value in attrs.items() if part != "offsets"):
             return node  # a weight or a setting that the graph computes: only the canonical op takes it
+        if "offsets" in attrs and "low" in names:
+            attrs["experts"] = self.experts.get(names["low"])
         tensors = {part: self._read(name) for part, name in names.items()}
         provider = select_provider(
             node.op.split(".")[1], attrs, tensors, self.device, self.artifact.dtype, lean=self.lean

@@ -5,7 +5,8 @@
      "ops":      {"aten": 1, "qcompiler": 1, "sym": 1},
      "requires": {"compute_capability": [9, 0], "fallback": true},
      "files":    {name: {"size", "sha256"}},
-     "layers":   [{"name", "format", "spec", "out_features", "in_features", "tensors": {part: tensor}}],
+     "layers":   [{"name", "format", "spec", "out_features", "in_features", "tensors": {part: tensor},
+                   "experts": how many experts the rows are divided among, where it is more than a linear}],
      "checksum": sha256 of the rest as canonical JSON, ...}
 
 Further entries (method, source, bits per weight, producer) are for the reader's eye.
@@ -34,6 +35,7 @@ _ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_SIZE = 1 << 48
 _MAX_CONTEXT = 1 << 24
 _MAX_VOCAB = 1 << 24
+_MAX_EXPERTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """A quantized weight: its format, the format's settings, and the tensors that hold it."""
+    """A quantized weight: its format, the format's settings, and the tensors that hold it.
+
+    Expert weights are one matrix of `out_features` rows, those of expert 0 first; each of the
+    `experts` has an equal share of them.
+    """
 
     name: str
     format: str
@@ -54,6 +60,7 @@ class LayerEntry:
     out_features: int
     in_features: int
     tensors: dict[str, str]
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,7 @@ def _layers(raw: Any) -> list[LayerEntry]:
                 ),
                 in_features=_integer(entry.get("in_features"), f"in_features of {name}", _MAX_SIZE, least=1),
                 tensors=tensors,
+                experts=_integer(entry.get("experts", 1), f"experts of {name}", _MAX_EXPERTS, least=1),
             )
         )
     return layers

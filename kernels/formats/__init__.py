@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from qcompiler.kernels.formats.additive import ADDITIVE, AdditiveFormat, AdditiveSpec
 from qcompiler.kernels.formats.affine import AFFINE, AffineFormat, AffineSpec
-from qcompiler.kernels.formats.base import Format, TensorSpec, get_format, register_format
+from qcompiler.kernels.formats.base import (
+    EmbeddingFormat,
+    Format,
+    GroupedFormat,
+    TensorSpec,
+    get_format,
+    register_format,
+)
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelFormat, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, Lut4Format, Lut4Spec
 
@@ -17,7 +24,9 @@ __all__ = [
     "AdditiveSpec",
     "AffineFormat",
     "AffineSpec",
+    "EmbeddingFormat",
     "Format",
+    "GroupedFormat",
     "Int8ChannelFormat",
     "Int8ChannelSpec",
     "Lut4Format",

@@ -293,6 +293,45 @@ class AffineFormat:
         )
         return torch.ops.qcompiler.linear_affine.default, arguments
 
+    def grouped_op_call(
+        self, spec: AffineSpec, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """`qcompiler::grouped_linear_affine` and its arguments; see `GroupedFormat`."""
+        import qcompiler.kernels.ops.grouped_linear_affine  # noqa: F401  (registers the op)
+
+        arguments = (
+            x,
+            tensors["low"],
+            tensors.get("high"),
+            tensors["scales"],
+            tensors["zeros"],
+            offsets,
+            bias,
+            spec.bits,
+            spec.group_size,
+            in_features,
+        )
+        return torch.ops.qcompiler.grouped_linear_affine.default, arguments
+
+    def embedding_op_call(
+        self, spec: AffineSpec, ids: Any, tensors: Mapping[str, Any], embedding_dim: int, dtype: torch.dtype
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """`qcompiler::embedding_affine` and its arguments; see `EmbeddingFormat`."""
+        import qcompiler.kernels.ops.embedding_affine  # noqa: F401  (registers the op)
+
+        arguments = (
+            ids,
+            tensors["low"],
+            tensors.get("high"),
+            tensors["scales"],
+            tensors["zeros"],
+            spec.bits,
+            spec.group_size,
+            embedding_dim,
+            dtype,
+        )
+        return torch.ops.qcompiler.embedding_affine.default, arguments
+
     def _check(
         self, spec: AffineSpec, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
     ) -> None:
@@ -328,7 +367,7 @@ def _pack_plane(blocks: torch.Tensor, shift: int, bits: int, dtype: torch.dtype)
 
 def _unpack_plane(words: torch.Tensor, planes: int, width: int, bits: int) -> torch.Tensor:
     """Invert `_pack_plane`: uint8 [N, blocks, planes, width/2, 2] with values below 2^bits."""
-    blocks = words.reshape(words.shape[0], -1, width // 2).to(torch.int32)
+    blocks = words.reshape(words.shape[0], 2 * words.shape[1] // width, width // 2).to(torch.int32)
     codes = torch.empty((*blocks.shape[:2], planes, width // 2, 2), dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
     for half in range(2):

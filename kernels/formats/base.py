@@ -75,6 +75,32 @@ class Format(Protocol[SpecT]):
         ...
 
 
+@runtime_checkable
+class GroupedFormat(Protocol[SpecT]):
+    """A format with an op for expert weights.
+
+    Weights [experts, out_features, in_features] are stored as the one weight
+    [experts·out_features, in_features], expert after expert.
+    """
+
+    def grouped_op_call(
+        self, spec: SpecT, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The op and its arguments for `grouped_linear(x, weight, offsets, bias)`; tensors or nodes."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingFormat(Protocol[SpecT]):
+    """A format with an op that gathers rows: a table [num_embeddings, embedding_dim] stored as a weight."""
+
+    def embedding_op_call(
+        self, spec: SpecT, ids: Any, tensors: Mapping[str, Any], embedding_dim: int, dtype: torch.dtype
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """The op and its arguments for `embedding(weight, ids)` with a result of `dtype`."""
+        ...
+
+
 _FORMATS: dict[str, Format[Any]] = {}
 
 

@@ -2,8 +2,10 @@
 
 from qcompiler.kernels.ops import (
     attention,
+    embedding_affine,
     gated_activation,
     grouped_linear,
+    grouped_linear_affine,
     kv_append,
     layer_norm,
     linear_additive,
@@ -19,8 +21,10 @@ from qcompiler.kernels.ops import (
 
 __all__ = [
     "attention",
+    "embedding_affine",
     "gated_activation",
     "grouped_linear",
+    "grouped_linear_affine",
     "kv_append",
     "layer_norm",
     "linear_additive",

@@ -32,16 +32,31 @@ def check_linear_affine(
         raise InvalidInputError(
             f"linear_affine: x has {x.shape[-1]} features, the weight takes {in_features}."
         )
+    check_affine_tensors("linear_affine", low, high, scales, bits, group_size, in_features)
+
+
+def check_affine_tensors(
+    op: str,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> None:
+    """Refuse stored tensors whose shapes are not those of one affine weight; `op` names the caller.
+
+    Raises:
+        InvalidInputError: Names the op and the argument.
+    """
     wanted = (low.shape[0], words_per_row(bits, group_size, in_features))
     for part, tensor in (("low", low), ("high", high)):
         if tensor is not None and tuple(tensor.shape) != wanted:
-            raise InvalidInputError(f"linear_affine: {part} is {list(tensor.shape)}, not {list(wanted)}.")
+            raise InvalidInputError(f"{op}: {part} is {list(tensor.shape)}, not {list(wanted)}.")
     if (high is None) != (bits in (2, 4, 8)):
-        raise InvalidInputError(
-            f"linear_affine: {bits}-bit codes and high={'None' if high is None else 'given'}."
-        )
+        raise InvalidInputError(f"{op}: {bits}-bit codes and high={'None' if high is None else 'given'}.")
     if tuple(scales.shape) != (num_groups(group_size, in_features), low.shape[0]):
-        raise InvalidInputError(f"linear_affine: scales are {list(scales.shape)}.")
+        raise InvalidInputError(f"{op}: scales are {list(scales.shape)}.")
 
 
 def linear_affine_reference(

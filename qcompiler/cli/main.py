@@ -48,6 +48,9 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 )
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these linears alone; repeatable.")
 @click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
+@click.option(
+    "--embedding-bits", type=int, help="Quantize token embeddings too: 8 or 4; a tied head shares the table."
+)
 @method_flags
 @click.option(
     "--eval-text", type=click.Path(path_type=Path), help="Text for the quality figures [one that ships]."

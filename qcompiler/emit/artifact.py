@@ -131,7 +131,7 @@ def write_artifact(
             entries["report.json"] = _write(
                 folder / "report.json", _pretty(report(size) if callable(report) else report)
             )
-        manifest = _manifest(info, graph, tensors)
+        manifest = _manifest(info, graph, tensors, expert_counts(lowered_graph))
         card = readme(manifest) if callable(readme) else readme
         entries["README.md"] = _write(folder / "README.md", (card or model_card(out.name, manifest)).encode())
         manifest["files"] = {n: {"size": e.size, "sha256": e.sha256} for n, e in sorted(entries.items())}
@@ -242,7 +242,9 @@ def _expected(
         yield name, tensor
 
 
-def _manifest(info: ArtifactInfo, graph: Mapping[str, Any], tensors: TensorInfo) -> dict[str, Any]:
+def _manifest(
+    info: ArtifactInfo, graph: Mapping[str, Any], tensors: TensorInfo, experts: Mapping[str, int]
+) -> dict[str, Any]:
     model: dict[str, Any] = {
         "model_type": info.model_type,
         "vocab_size": info.vocab_size,
@@ -260,7 +262,7 @@ def _manifest(info: ArtifactInfo, graph: Mapping[str, Any], tensors: TensorInfo)
         "dtype": info.dtype,
         "model": model,
         "ops": {library: version for library, version in OP_LIBRARIES.items() if library in used},
-        "layers": quantized_layers(graph, tensors),
+        "layers": quantized_layers(graph, tensors, experts),
     }
     if info.compute_capability is not None:
         manifest["requires"] = {
@@ -270,16 +272,45 @@ def _manifest(info: ArtifactInfo, graph: Mapping[str, Any], tensors: TensorInfo)
     return manifest
 
 
-def quantized_layers(graph: Mapping[str, Any], tensors: TensorInfo) -> list[dict[str, Any]]:
-    """The manifest's `layers`, read off the graph's `linear_affine` nodes: format, settings, tensors."""
-    from qcompiler.kernels.formats import AffineSpec
-    from qcompiler.kernels.ops.linear_affine import LINEAR_AFFINE
+# Ops over affine tensors, and what each calls the columns of its weight.
+_AFFINE_OPS = {
+    "linear_affine": "in_features",
+    "grouped_linear_affine": "in_features",
+    "embedding_affine": "embedding_dim",
+}
 
-    parts = [argument.name for argument in LINEAR_AFFINE.overload._schema.arguments]
+
+def expert_counts(graph: fx.GraphModule) -> dict[str, int]:
+    """How many experts the rows of a stored weight are divided among, by the name of its first tensor."""
+    grouped = torch.ops.qcompiler.grouped_linear_affine.default
+    names = [argument.name for argument in grouped._schema.arguments]
+    low, offsets = names.index("low"), names.index("offsets")
+    counts = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target is grouped:
+            counts[str(node.args[low].target)] = int(node.args[offsets].meta["val"].shape[0])
+    return counts
+
+
+def quantized_layers(
+    graph: Mapping[str, Any], tensors: TensorInfo, experts: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """The manifest's `layers`, read off the graph's nodes over affine tensors: format, settings, tensors.
+
+    Args:
+        graph: The graph as JSON.
+        tensors: Dtype and shape of each stored tensor.
+        experts: See `expert_counts`.
+    """
+    from qcompiler.kernels.formats import AffineSpec
+    from qcompiler.kernels.library import registered_ops
+
     layers: dict[str, dict[str, Any]] = {}
     for node in graph["nodes"]:
-        if node["op"] != "qcompiler.linear_affine.default":
+        op = node["op"].removeprefix("qcompiler.").removesuffix(".default")
+        if op not in _AFFINE_OPS:
             continue
+        parts = [argument.name for argument in registered_ops()[op].overload._schema.arguments]
         call = {**dict(zip(parts, node["args"], strict=False)), **node.get("kwargs", {})}
         stored = {p: call[p]["weight"] for p in ("low", "high", "scales", "zeros") if call.get(p) is not None}
         spec = AffineSpec(call["bits"], call["group_size"], tensors[stored["scales"]][0])
@@ -289,9 +320,11 @@ def quantized_layers(graph: Mapping[str, Any], tensors: TensorInfo) -> list[dict
             "format": spec.name,
             "spec": spec.to_json(),
             "out_features": tensors[stored["low"]][1][0],
-            "in_features": call["in_features"],
+            "in_features": call[_AFFINE_OPS[op]],
             "tensors": stored,
         }
+        if op == "grouped_linear_affine":
+            layers[name]["experts"] = (experts or {})[stored["low"]]
     return list(layers.values())
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from qcompiler.kernels.formats.affine import block_width
+from qcompiler.kernels.triton.grouped_linear_affine import tile as tiles_of_experts
 
 _FILE = Path(__file__).with_name("offline.py")
 _SPEC = importlib.util.spec_from_file_location("qcompiler_tests_offline", _FILE)
@@ -57,6 +58,38 @@ def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=
     )
 
 
+def grouped(bits, group, dtype, tokens, width_of=4096):
+    itemsize = 4 if dtype == "fp32" else 2
+    block_n, block_m, warps, stages = tiles_of_experts(tokens, 8, itemsize)
+    types = {**POINTERS, **SIZES, "rows": "i32", "offsets": "*i32"}
+    types |= dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
+    if bits == 5:
+        types["high"] = "*u8"
+    constants = {
+        "EXPERTS": 8,
+        "EXPERTS_P2": 16,
+        "BITS": bits,
+        "GROUP": group,
+        "WIDTH": block_width(bits, group, width_of),
+        "BN": block_n,
+        "BM": block_m,
+        "EVEN_K": width_of % 256 == 0,
+        "HAS_BIAS": True,
+        "HALF": "tl.bfloat16" if dtype == "bf16" else "tl.float16",
+        "COMPILED": dtype != "fp32",
+    }
+    kernel = "qcompiler.kernels.triton.grouped_linear_affine:grouped_linear_affine_kernel"
+    return offline.Variant(kernel, types, constants, warps, stages)
+
+
+def gathered(bits, group, dtype, width_of=4096):
+    types = {**POINTERS, **SIZES, "ids": "*i64", "out": f"*{dtype}", "tokens": "i32"}
+    width = block_width(bits, group, width_of)
+    constants = {"BITS": bits, "GROUP": group, "WIDTH": width, "BT": 8, "COMPILED": True}
+    kernel = "qcompiler.kernels.triton.embedding_affine:embedding_affine_kernel"
+    return offline.Variant(kernel, types, constants, 2)
+
+
 def per_weight(variant, report):
     weights = variant.constants["BN"] * variant.constants["WIDTH"] * PLANES[variant.constants["BITS"]]
     return sum(report.loop.values()) * 32 * variant.num_warps / weights
@@ -81,6 +114,13 @@ OTHERS = {
     **{f"gemv {bits} bit": linear("gemv", bits, 64, "bf16", 64, 1, 4, 2) for bits in (2, 3, 5, 6, 8)},
     "gemv fp32": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2),
     "gemv fp32 ragged": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2, width_of=1000),
+    **{f"experts {bits} bit": grouped(bits, 64, "bf16", 8) for bits in (2, 3, 4, 5, 6, 8)},
+    "experts fp16": grouped(8, 128, "fp16", 64),
+    "experts fp32": grouped(4, 64, "fp32", 64),
+    "experts prefill": grouped(4, 64, "bf16", 8192),
+    "experts ragged": grouped(4, 16, "bf16", 8, width_of=1000),
+    "embedding 4 bit": gathered(4, 64, "bf16"),
+    "embedding 8 bit ragged": gathered(8, 0, "fp16", width_of=1000),
     "dequantize": offline.Variant(
         "qcompiler.kernels.triton.linear_affine_gemv:dequantize_affine_kernel",
         {**POINTERS, **SIZES, "out": "*bf16"},

@@ -1,0 +1,210 @@
+"""`grouped_linear_affine`: every row meets its own expert's dequantized weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import on_triton, on_triton_wide, poisoned
+
+import qcompiler.kernels.ops  # noqa: F401
+from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.kernels.formats import AFFINE, AffineSpec
+from qcompiler.kernels.formats.affine import BITS, num_groups
+from qcompiler.kernels.providers import select_provider
+
+OP = torch.ops.qcompiler.grouped_linear_affine.default
+EXPERTS, ROWS, OUTPUTS = 5, 40, 33
+OFFSETS = {
+    "ragged": (0, 17, 18, 18, 37),
+    "all": (8, 16, 24, 32, 40),
+    "one-expert": (0, 0, 40, 40, 40),
+    "none": (0,) * 5,
+}
+
+
+def stored(spec, inputs, seed=0):
+    """Tensors of random experts as one matrix [EXPERTS·OUTPUTS, inputs]."""
+    g = torch.Generator().manual_seed(seed)
+    rows, groups = EXPERTS * OUTPUTS, num_groups(spec.group_size, inputs)
+    codes = torch.randint(0, 2**spec.bits, (rows, inputs), dtype=torch.uint8, generator=g)
+    scales = (torch.rand(rows, groups, generator=g) + 0.5) / 2**spec.bits
+    zeros = 2 ** (spec.bits - 1) + torch.randn(rows, groups, generator=g)
+    return AFFINE.pack(spec, codes, scales, zeros)
+
+
+def case(bits, group_size, inputs, name, *, dtype=torch.float32, bias=True):
+    """Arguments of the op, what each row gives by itself in float64, and |x|·|w| of each element."""
+    spec = AffineSpec(bits, group_size)
+    tensors = stored(spec, inputs)
+    g = torch.Generator().manual_seed(inputs)
+    x = torch.randn(ROWS, inputs, generator=g).to(dtype)
+    added = torch.randn(EXPERTS, OUTPUTS, generator=g).to(dtype) if bias else None
+    dense = AFFINE.dequantize(spec, tensors, inputs, torch.float64).view(EXPERTS, OUTPUTS, inputs)
+    wanted, size = torch.zeros(2, ROWS, OUTPUTS, dtype=torch.float64)
+    for row in range(OFFSETS[name][-1]):
+        expert = next(e for e, end in enumerate(OFFSETS[name]) if row < end)
+        wanted[row] = F.linear(
+            x[row].double(), dense[expert], None if added is None else added[expert].double()
+        )
+        size[row] = x[row].double().norm() * dense[expert].norm(dim=1)
+    offsets = torch.tensor(OFFSETS[name], dtype=torch.int32)
+    op, arguments = AFFINE.grouped_op_call(spec, x, tensors, offsets, added, inputs)
+    assert op is OP
+    return arguments, wanted, size
+
+
+def assert_close(y, wanted, size):
+    """Off by the rounding of the output, and of weights and scales to x's dtype in the kernel.
+
+    As for `linear_affine`: independent roundings, so eps·|x|·|w| bounds them.
+    """
+    eps = torch.finfo(y.dtype).eps
+    assert y.shape == wanted.shape
+    error = (y.double().cpu() - wanted).abs()
+    assert bool((error <= eps * (wanted.abs() + size) + 1e-6 * size).all()), float(error.max())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OFFSETS)
+def test_reference_gives_each_row_its_expert(name, bits, dtype):
+    arguments, wanted, size = case(bits, 32, 70, name, dtype=dtype)
+    y = OP(*arguments)
+    assert y.dtype == dtype
+    assert_close(y, wanted, size)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_opcheck(bits):
+    arguments, _, _ = case(bits, 32, 70, "ragged", bias=bits == 4)
+    torch.library.opcheck(OP, arguments)
+
+
+def test_an_expert_stands_alone_in_the_stored_rows():
+    """Laying the experts' own tensors side by side gives the tensors of the whole."""
+    spec = AffineSpec(3, 32)
+    whole = stored(spec, 64)
+    codes, scales, zeros = AFFINE.unpack(spec, whole, 64)
+    own = [slice(e * OUTPUTS, (e + 1) * OUTPUTS) for e in range(EXPERTS)]
+    joined = AFFINE.concat(spec, [AFFINE.pack(spec, codes[o], scales[o], zeros[o]) for o in own])
+    assert all(torch.equal(joined[part], whole[part]) for part in whole)
+
+
+def test_arguments_that_do_not_fit_are_refused_by_name():
+    arguments, _, _ = case(4, 32, 70, "all")
+    x, low, high, scales, zeros, offsets, bias, *rest = arguments
+    for given, told in (
+        ((x[:, 1:], low, high, scales, zeros, offsets, bias), "rows of 70 features"),
+        ((x, low, high, scales, zeros, offsets[:4], bias), "165 stored rows among experts"),
+        ((x, low, high, scales, zeros, offsets, bias[:, 1:]), "bias is"),
+        ((x, low, high, scales, zeros[:, 1:], offsets, bias), "zeros are"),
+        ((x, low[:, 1:], high, scales, zeros, offsets, bias), "low is"),
+    ):
+        with pytest.raises(InvalidInputError, match=told):
+            OP(*given, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_provider_multiplies_with_the_dense_weight(dtype):
+    arguments, wanted, size = case(4, 32, 70, "ragged", dtype=dtype)
+    names = [a.name for a in OP._schema.arguments]
+    given = dict(zip(names, arguments, strict=True))
+    x, attributes = (
+        given.pop("x"),
+        {n: given.pop(n) for n in ("bits", "group_size", "in_features", "offsets")},
+    )
+    provider = select_provider("grouped_linear_affine", attributes, given, "cpu", dtype)
+    assert provider.name == "cpu-dense"
+    tensors, settings = provider.prepare(given, attributes)
+    assert tensors["weight"].shape == (EXPERTS, OUTPUTS, 70)
+    y = provider.op(*provider.bind(x, tensors, settings))
+    # the dense weight is rounded to x's dtype once more
+    assert_close(y, wanted, 2 * size)
+    assert select_provider("grouped_linear_affine", attributes, given, "cpu", dtype, lean=True).op is OP
+
+
+def on_device(target, arguments):
+    device, _ = target
+    return [_guarded(a, device) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def _guarded(tensor, device):
+    """The same values, contiguous, inside a larger buffer of NaN or of all-one bits."""
+    fill = float("nan") if tensor.is_floating_point() else (255 if tensor.dtype == torch.uint8 else -1)
+    buffer = torch.full((tensor.numel() + 4096,), fill, dtype=tensor.dtype, device=device)
+    inner = buffer[2048 : 2048 + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+def give_outputs(monkeypatch, change):
+    """Let the launcher's output be `change(output)`; gives the list of the shapes that it asked for."""
+    asked = []
+    new_empty = torch.Tensor.new_empty
+
+    def changed(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        if made.shape != (ROWS, OUTPUTS):
+            return made
+        asked.append(tuple(made.shape))
+        return change(made)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", changed)
+    return asked
+
+
+@on_triton
+@pytest.mark.parametrize("bits", BITS)
+def test_kernel_at_every_width(bits, target):
+    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+
+    arguments, wanted, size = case(bits, 64, 320, "ragged", dtype=target[1])
+    y = grouped_linear_affine_triton(*on_device(target, arguments))
+    assert y.dtype == target[1]
+    assert_close(y, wanted, size)
+
+
+@on_triton_wide
+@pytest.mark.parametrize("group_size", [0, 16, 32, 128])
+@pytest.mark.parametrize(("bits", "inputs"), [(4, 256), (3, 77), (8, 31)])
+def test_kernel_on_ragged_widths(bits, inputs, group_size, target):
+    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+
+    arguments, wanted, size = case(bits, group_size, inputs, "ragged", dtype=target[1], bias=False)
+    assert_close(grouped_linear_affine_triton(*on_device(target, arguments)), wanted, size)
+
+
+@on_triton_wide
+@pytest.mark.parametrize("name", OFFSETS)
+def test_kernel_with_empty_experts_and_rows_of_none(name, target, monkeypatch):
+    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+
+    arguments, wanted, size = case(4, 32, 64, name, dtype=target[1])
+    arguments = on_device(target, arguments)
+    arguments[0] = poisoned(arguments[0])
+    filled = give_outputs(monkeypatch, lambda made: made.fill_(torch.nan))
+    assert_close(grouped_linear_affine_triton(*arguments), wanted, size)
+    assert filled == [(ROWS, OUTPUTS)]
+
+
+@on_triton_wide
+@pytest.mark.parametrize("ends", [(-3, 10, 200, 300, 400), (30, 20, 10, 5, 40)])
+def test_kernel_stays_inside_x_for_any_offsets(ends, target, monkeypatch):
+    """A damaged graph may compute senseless offsets: results are then senseless too, accesses are not."""
+    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+
+    arguments, _, _ = case(4, 32, 64, "all", dtype=target[1])
+    arguments = on_device(target, arguments)
+    arguments[5] = torch.tensor(ends, dtype=torch.int32, device=target[0])
+    buffer = torch.full((ROWS + 400, OUTPUTS), 7.0, dtype=target[1], device=target[0])
+    give_outputs(monkeypatch, lambda _: buffer[200 : 200 + ROWS])
+    grouped_linear_affine_triton(*arguments)
+    assert bool((buffer[:200] == 7).all())
+    assert bool((buffer[200 + ROWS :] == 7).all())
+
+
+@pytest.mark.parametrize(("rows", "experts", "smallest"), [(8, 8, 16), (4096, 8, 128), (512, 8, 64)])
+def test_tile_follows_the_rows_an_expert_gets(rows, experts, smallest):
+    from qcompiler.kernels.triton.grouped_linear_affine import tile
+
+    assert tile(rows, experts, 2)[1] == smallest
