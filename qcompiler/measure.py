@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from qcompiler.data import default_text
 from qcompiler.evaluation import StreamedProgram
-from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.passes import GatherLogitsRows, InsertRagged, PassManager
 from qcompiler.plan import CompilePlan
 from qcompiler.progress import Progress
 from qcompiler.quality import Quality, QualityMeter
 from qcompiler.quantize_weights import WeightStream
+from qcompiler.texts import text_tokens
 
 
 def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress) -> Quality | None:
@@ -31,12 +30,12 @@ def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress)
     if plan.captured.kind != "decoder":
         progress.note("quality was not measured: perplexity and KL are figures of decoders")
         return None
-    tokens = evaluation_tokens(plan)
+    tokens = text_tokens(plan, options.eval_text, "eval", options.eval_tokens)
     if tokens is None:
         progress.note("quality was not measured: the checkpoint has no tokenizer.json")
         return None
-    original = _program(plan, plan.captured.graph, stream)
-    compiled = _program(plan, plan.quantized_graph, stream)
+    original = _program(plan, plan.captured.graph, stream.original)
+    compiled = _program(plan, plan.quantized_graph, stream.tensor)
     inputs, rows, targets = windows(tokens.to(plan.device), options.eval_context)
     meter = QualityMeter()
     with progress.stage("evaluate", original.node_count() + compiled.node_count()) as advance:
@@ -49,42 +48,6 @@ def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress)
         for before, after, wanted in pairs:
             meter.update(before, after, wanted)
     return meter.result()
-
-
-def evaluation_tokens(plan: CompilePlan) -> torch.Tensor | None:
-    """The first `eval_tokens` tokens of the evaluation text, int64 [tokens]; None without a tokenizer.
-
-    Raises:
-        InvalidInputError: The text is not UTF-8, or shorter than two tokens.
-    """
-    from tokenizers import Tokenizer
-
-    path = plan.file("tokenizer.json")
-    if path is None:
-        return None
-    text = read_text(plan.options.eval_text) if plan.options.eval_text else default_text("eval")
-    # A token is at least one byte or so; encoding no more than is needed keeps large files cheap.
-    excerpt = text[: 16 * plan.options.eval_tokens]
-    ids = (
-        Tokenizer.from_file(str(path))
-        .encode(excerpt, add_special_tokens=False)
-        .ids[: plan.options.eval_tokens]
-    )
-    if len(ids) < 2:
-        raise InvalidInputError(f"the evaluation text has {len(ids)} tokens; at least 2 are needed")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def read_text(path: Path) -> str:
-    """A text file as UTF-8.
-
-    Raises:
-        InvalidInputError: It is not.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def windows(
@@ -110,11 +73,13 @@ def windows(
     return inputs, rows, [tokens[part + 1] for part in rows]
 
 
-def _program(plan: CompilePlan, graph: GraphModule, stream: WeightStream) -> StreamedProgram:
+def _program(
+    plan: CompilePlan, graph: GraphModule, tensor_of: Callable[[GraphModule, str], torch.Tensor]
+) -> StreamedProgram:
     lowered = copy.deepcopy(graph)
     PassManager([GatherLogitsRows(), InsertRagged()]).run(lowered)
 
     def fetch(name: str) -> torch.Tensor:
-        return stream.tensor(lowered, name).to(plan.device)
+        return tensor_of(lowered, name).to(plan.device)
 
     return StreamedProgram(lowered, fetch, plan.device)

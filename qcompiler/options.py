@@ -33,6 +33,8 @@ class CompileOptions:
         eval_text: Text file for the quality figures; None means the text that ships.
         eval_tokens: Tokens of it to score; 0 skips the evaluation.
         eval_context: Window length in tokens.
+        calib_text: Text file for methods that calibrate; None means the text that ships.
+        calib_tokens: Tokens of it to use.
         max_kl: Fail when the mean KL divergence (nats per token) exceeds this.
         overwrite: Replace an existing artifact, or start an unfinished one anew.
         resume: Continue an unfinished compilation of the same configuration.
@@ -57,6 +59,8 @@ class CompileOptions:
     eval_text: Path | None = None
     eval_tokens: int = 4096
     eval_context: int = 512
+    calib_text: Path | None = None
+    calib_tokens: int = 65536
     max_kl: float | None = None
     overwrite: bool = False
     resume: bool = False
@@ -90,8 +94,11 @@ class CompileOptions:
                     "max_kl was given, but the evaluation is switched off",
                     hint="Raise --eval-tokens above 0, or drop --max-kl.",
                 )
-        if self.eval_text is not None and not self.eval_text.is_file():
-            raise InvalidInputError(f"evaluation text {self.eval_text} does not exist or is not a file")
+        if self.calib_tokens < 2:
+            raise InvalidInputError(f"calib_tokens is {self.calib_tokens}; calibration needs text")
+        for use, path in (("evaluation", self.eval_text), ("calibration", self.calib_text)):
+            if path is not None and not path.is_file():
+                raise InvalidInputError(f"{use} text {path} does not exist or is not a file")
         if self.resume and self.overwrite:
             raise InvalidInputError(
                 "resume and overwrite contradict each other",
@@ -112,7 +119,8 @@ class CompileOptions:
             "output", "device", "overwrite", "resume", "dump_graphs", "max_kl", "model", "trust_remote_code",
         }  # fmt: skip
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in same_bytes}
-        values["eval_text"] = str(self.eval_text.resolve()) if self.eval_text else None
+        for key in ("eval_text", "calib_text"):
+            values[key] = str(values[key].resolve()) if values[key] else None
         return values
 
 

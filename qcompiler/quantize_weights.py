@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
+from qcompiler.calibrate_plan import calibrate_plan
+from qcompiler.calibration import Calibration
 from qcompiler.kernels.formats import get_format
+from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.passes import QuantizedLinear
 from qcompiler.passes.quantized_weights import expert_matrices
 from qcompiler.passes.weights import Quantized, recipe_of, resolve
@@ -26,41 +30,64 @@ class WeightStream:
     def __init__(self, plan: CompilePlan, workspace: Workspace):
         self._plan = plan
         self._workspace = workspace
-        self._kept: tuple[str, dict[str, torch.Tensor]] | None = None
+        self._kept: tuple[str, Mapping[str, torch.Tensor]] | None = None
+        self._calibration: Calibration | None = None
 
-    def load(self, name: str) -> torch.Tensor:
-        """A float tensor of the captured model in the artifact's dtype, on the CPU."""
+    def original(self, graph: GraphModule, name: str) -> torch.Tensor:
+        """The tensor that the float graph calls `name`, in the artifact's dtype, on the CPU."""
+        return resolve(recipe_of(graph, name), self._load)
+
+    def tensor(self, graph: GraphModule, name: str) -> torch.Tensor:
+        """The tensor that `graph` calls `name`, as its recipe says; norms as calibration tuned them."""
+        return resolve(recipe_of(graph, name), self._load_tuned, self._parts)
+
+    def quantize_all(self, progress: Progress) -> list[LayerReport]:
+        """Quantize every planned linear that the workspace does not hold yet."""
+        if isinstance(self._plan.method, CalibratedMethod):
+            self._calibration = calibrate_plan(self._plan, self._workspace, progress)
+        reports = []
+        with progress.stage("quantize", len(self._plan.layers)) as advance:
+            for layer in self._plan.layers:
+                if self._calibration is not None and layer.name in self._calibration.specs:
+                    info = self._calibrated(layer, self._calibration)
+                else:
+                    info = self._workspace.finished(layer.name) or self._quantize(layer)
+                reports.append(LayerReport(**info))
+                advance(layer.name)
+        return reports
+
+    def _load(self, name: str) -> torch.Tensor:
         value = captured_constant(self._plan, name)
         if value is not None:
             return value
         tensor = self._plan.checkpoint.tensor(name)
         return tensor.to(self._plan.dtype) if tensor.is_floating_point() else tensor
 
-    def tensor(self, graph: torch.fx.GraphModule, name: str) -> torch.Tensor:
-        """The tensor that `graph` calls `name`, as its recipe says."""
-        return resolve(recipe_of(graph, name), self.load, self._parts)
-
-    def quantize_all(self, progress: Progress) -> list[LayerReport]:
-        """Quantize every planned linear that the workspace does not hold yet."""
-        reports = []
-        with progress.stage("quantize", len(self._plan.layers)) as advance:
-            for layer in self._plan.layers:
-                info = self._workspace.finished(layer.name)
-                if info is None:
-                    info = self._quantize(layer)
-                reports.append(LayerReport(**info))
-                advance(layer.name)
-        return reports
+    def _load_tuned(self, name: str) -> torch.Tensor:
+        if self._calibration is not None and name in self._calibration.parameters:
+            return self._calibration.parameter(name).to(self._plan.dtype)
+        return self._load(name)
 
     def _parts(self, recipe: Quantized) -> Mapping[str, torch.Tensor]:
         if self._kept is None or self._kept[0] != recipe.name:
-            self._kept = (recipe.name, self._workspace.load(recipe.name))
+            calibrated = self._calibration is not None and recipe.name in self._calibration.specs
+            holder = self._calibration.tensors if calibrated else self._workspace.load  # type: ignore[union-attr]
+            self._kept = (recipe.name, holder(recipe.name))
         return self._kept[1]
+
+    def _calibrated(self, layer: QuantizedLinear, calibration: Calibration) -> dict[str, Any]:
+        weight = self._plan_weight(layer).float()
+        error, total = squared_error(weight, layer, calibration.tensors(layer.name))
+        return report_of(layer, error / total if total else 0.0)
+
+    def _plan_weight(self, layer: QuantizedLinear) -> torch.Tensor:
+        """The layer's float weight as the checkpoint holds it."""
+        return resolve(recipe_of(self._plan.captured.graph, layer.weight), self._plan.checkpoint.tensor)
 
     def _quantize(self, layer: QuantizedLinear) -> dict[str, Any]:
         plan, format_ = self._plan, get_format(layer.format)
         method, options = plan.method_of(layer)
-        weight = resolve(recipe_of(plan.captured.graph, layer.weight), plan.checkpoint.tensor)
+        weight = self._plan_weight(layer)
         experts = layer.kind == "experts"
         matrices = expert_matrices(weight, transposed=layer.transposed) if experts else [weight]
         parts, error, total = [], 0.0, 0.0
@@ -72,17 +99,24 @@ class WeightStream:
             squares = squared_error(moved, layer, tensors)
             error, total = error + squares[0], total + squares[1]
             parts.append({part: tensor.cpu() for part, tensor in tensors.items()} if experts else tensors)
-        report = {
-            "name": layer.name,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "bits": getattr(layer.spec, "bits", 0),
-            "bits_per_weight": format_.bits_per_weight(layer.spec, layer.out_features, layer.in_features),
-            "relative_error": error / total if total else 0.0,
-        }
+        report = report_of(layer, error / total if total else 0.0)
         stored = format_.concat(layer.spec, parts) if experts else dict(parts[0])
         self._workspace.store(layer.name, stored, report)
         return report
+
+
+def report_of(layer: QuantizedLinear, relative_error: float) -> dict[str, Any]:
+    """The fields of a `LayerReport`."""
+    return {
+        "name": layer.name,
+        "out_features": layer.out_features,
+        "in_features": layer.in_features,
+        "bits": getattr(layer.spec, "bits", 0),
+        "bits_per_weight": get_format(layer.format).bits_per_weight(
+            layer.spec, layer.out_features, layer.in_features
+        ),
+        "relative_error": relative_error,
+    }
 
 
 def captured_constant(plan: CompilePlan, name: str) -> torch.Tensor | None:

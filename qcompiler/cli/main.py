@@ -30,7 +30,7 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("model")
 @click.option(
-    "-m", "--method", default="hqq", show_default=True, help="hqq, rtn, bnb, eetq, a plug-in, or none."
+    "-m", "--method", default="hqq", show_default=True, help="hqq, rtn, bnb, eetq, gptq, aqlm, none."
 )
 @click.option(
     "-b", "--bits", "bits", multiple=True, metavar="B|PATTERN=B",
@@ -59,6 +59,10 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
     "--eval-tokens", type=int, default=4096, show_default=True, help="Tokens of it; 0 = do not measure."
 )
 @click.option("--eval-context", type=int, default=512, show_default=True, help="Window length in tokens.")
+@click.option(
+    "--calib-text", type=click.Path(path_type=Path), help="Text for gptq and aqlm [one that ships]."
+)
+@click.option("--calib-tokens", type=int, default=65536, show_default=True, help="Tokens of it to use.")
 @click.option(
     "--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger."
 )

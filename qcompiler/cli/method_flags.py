@@ -18,6 +18,9 @@ FLAGS = {
     "quant_type": ("bnb", "quant_type"),
     "double_quant": ("bnb", "double_quant"),
     "outlier_threshold": ("bnb", "outlier_threshold"),
+    "scheme": ("aqlm", "scheme"),
+    "beam": ("aqlm", "beam"),
+    "aqlm_code_updates": ("aqlm", "code_updates"),
 }
 
 _SOLVERS = click.Choice(["search", "reference"])
@@ -30,6 +33,9 @@ _DECORATORS = (
         "--double-quant/--no-double-quant", default=None, help="bnb, 4 bits: absmax in 8 bits [on]."
     ),
     click.option("--outlier-threshold", type=float, help="bnb, 8 bits: larger activations stay half [6]."),
+    click.option("--scheme", metavar="MxB", help="aqlm: codebooks x bits per code, e.g. 1x16 [8-bit codes]."),
+    click.option("--beam", type=int, help="aqlm: partial sums kept in the search of codes."),
+    click.option("--aqlm-code-updates", type=int, help="aqlm: how often fine-tuning chooses codes anew."),
     click.option("--option", "extra", multiple=True, metavar="KEY=VALUE", help="Any option of the method."),
 )
 
