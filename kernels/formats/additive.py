@@ -225,8 +225,14 @@ class AdditiveFormat:
     ) -> torch.Tensor:
         """The weight [N, K], summed and scaled in float32 and cast to `dtype`."""
         self._check(spec, tensors, in_features)
-        parts = (tensors[part] for part in _PARTS)
-        return dequantize_additive(*parts, spec.bits, in_features).to(dtype)
+        return dequantize_additive(
+            tensors["codes"],
+            tensors["codebooks"],
+            tensors["scales"],
+            tensors["rows"],
+            spec.bits,
+            in_features,
+        ).to(dtype)
 
     def concat(
         self, spec: AdditiveSpec, parts: Sequence[Mapping[str, torch.Tensor]]

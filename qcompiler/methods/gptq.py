@@ -34,7 +34,9 @@ class GPTQ(CalibratedMethod):
         "damping": MethodOption(0.01, help="share of the mean diagonal added to XXᵀ"),
     }
 
-    def resolve_spec(self, bits: int, group_size: int | None = None) -> AffineSpec:
+    def resolve_spec(
+        self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> AffineSpec:
         """See `Method.resolve_spec`."""
         self.check_bits(bits)
         return AffineSpec(bits, self.default_group_size if group_size is None else group_size)
