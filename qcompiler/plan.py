@@ -138,6 +138,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     embedding_method = pick_embedding_method(method) if options.embedding_bits else None
     quantizing: list[Pass] = [QuantizeLinears(choose)]
     if embedding_method is not None:
+        quantizing[0].required = False  # all linears may be left alone where the embedding is not
         quantizing.insert(0, quantize_embeddings(options, layer_plan, embedding_method))
     results = PassManager(quantizing, dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in results[-1].skipped]
