@@ -128,8 +128,9 @@ class QuantizeEmbeddings(Pass):
 
 
 def _reads_as_linear(node: Node, fqn: str) -> bool:
-    weight = node.args[1] if calls(node, aten.linear.default) else None
-    return is_parameter(weight) and str(weight.target) == fqn
+    if not calls(node, aten.linear.default) or not is_parameter(node.args[1]):
+        return False
+    return str(node.args[1].target) == fqn
 
 
 def _source(ids: Node) -> str | None:

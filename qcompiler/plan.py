@@ -82,7 +82,7 @@ class CompilePlan:
     def method_of(self, layer: QuantizedLinear) -> tuple[Method, dict[str, Any]]:
         """The method that quantizes a layer, and its options."""
         if layer.kind == "embedding" and self.embedding_method not in (None, self.method):
-            return cast("Method", self.embedding_method), {}
+            return self.embedding_method, {}
         return self.method, self.method_options
 
     @property
@@ -172,8 +172,9 @@ def quantize_embeddings(options: CompileOptions, layer_plan: LayerPlan, method: 
         bits = layer_plan.embedding_bits_for(name)
         if isinstance(bits, str):
             return bits
-        own = method.name == options.method
-        return method.resolve_spec(bits, options.group_size if own else None)
+        if method.name != options.method:
+            return method.resolve_spec(bits)
+        return method.resolve_spec(bits, options.group_size, options.method_options)
 
     return QuantizeEmbeddings(choose, share=layer_plan.shares_embedding)
 

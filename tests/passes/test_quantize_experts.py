@@ -108,6 +108,14 @@ def test_real_families_on_meta(lab, name):
         )
 
 
+def test_experts_in_a_batched_product_are_named(lab):
+    result = QuantizeLinears(lambda *_: AffineSpec(4, 16)).run(lab.family("llama4_text").graph)
+    skipped = {name: reason for name, reason in result.skipped if "experts" in name}
+    experts = "model.layers.1.feed_forward.experts"  # its first layer is dense
+    assert set(skipped) == {f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert all("batched product" in reason for reason in skipped.values())
+
+
 def test_reasons_for_experts_left_alone(lab):
     class Odd(Experts):
         def __init__(self, transposed):
