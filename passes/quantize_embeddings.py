@@ -21,10 +21,12 @@ from qcompiler.passes.graph_utils import (
     dtype_of,
     insert_call,
     is_parameter,
+    is_tensor,
     replace,
     shape_of,
 )
 from qcompiler.passes.quantized_weights import (
+    NAME,
     Choose,
     QuantizedLinear,
     QuantizeResult,
@@ -104,10 +106,13 @@ class QuantizeEmbeddings(Pass):
         layer = QuantizedLinear(name, fqn, None, spec.name, spec, rows, columns, kind="embedding")
         register_quantized(gm, layer, self.quantize)
         shared = []
-        for node in [*lookups, *linears]:
-            linear = reader_name(node, node.args[1]) if node in linears else ""
+        named = [(node, "") for node in lookups] + [
+            (node, reader_name(node, node.args[1])) for node in linears
+        ]
+        for node, linear in named:
             reason = self.share(linear) if linear else None
             if reason is not None:
+                node.meta[NAME] = linear
                 result.skip(linear, reason)
                 continue
             with gm.graph.inserting_before(node):
@@ -123,12 +128,15 @@ class QuantizeEmbeddings(Pass):
 
 
 def _reads_as_linear(node: Node, fqn: str) -> bool:
-    weight = node.args[1] if calls(node, aten.linear.default) else None
-    return is_parameter(weight) and str(weight.target) == fqn
+    if not calls(node, aten.linear.default) or not is_parameter(node.args[1]):
+        return False
+    return str(node.args[1].target) == fqn
 
 
 def _source(ids: Node) -> str | None:
-    """Name of the placeholder that ids come from through ops of one input, or None."""
+    """Name of the placeholder that ids come from through ops of one tensor, or None."""
     while ids.op == "call_function" and len(ids.all_input_nodes) == 1:
         ids = ids.all_input_nodes[0]
+        if not is_tensor(ids):
+            return None  # its length only
     return str(ids.target) if ids.op == "placeholder" else None

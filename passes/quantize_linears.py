@@ -71,6 +71,8 @@ class QuantizeLinears(Pass):
         done: dict[str, QuantizedLinear] = {}
         experts: set[str] = set()
         for node in list(gm.graph.nodes):
+            for weight in _batched_weights(node):
+                result.skip(layer_name(weight), "a batched product over all experts: no format has its op")
             if not calls(node, aten.linear.default, _GROUPED):
                 continue
             if not is_parameter(node.args[1]):
@@ -159,6 +161,13 @@ class QuantizeLinears(Pass):
                 op, args = format_.grouped_op_call(spec, node.args[0], tensors, node.args[2], bias, inputs)
                 replace(node, insert_call(gm.graph, op, args, like=node))
             result.matched += 1
+
+
+def _batched_weights(node: Node) -> list[str]:
+    """Names of the 3-D parameters that a batched matrix product reads."""
+    if not calls(node, aten.bmm.default, aten.matmul.default):
+        return []
+    return [str(item.target) for item in node.args[:2] if is_parameter(item) and rank_of(item) == 3]
 
 
 def linear_name(node: Node) -> str:

@@ -30,6 +30,9 @@ from qcompiler.passes.weights import (
     weight_recipes,
 )
 
+# Name of a linear whose weight told it before another pass took the weight's other readers away.
+NAME = "layer_name"
+
 Choose = Callable[[str, int, int], Any]
 QuantizeWeight = Callable[[str, torch.Tensor, Any], Mapping[str, torch.Tensor]]
 
@@ -123,6 +126,8 @@ def readers_of(gm: GraphModule, fqn: str) -> list[Node]:
 
 def reader_name(node: Node, weight: Node) -> str:
     """The layer that `node` is: told by its weight, or by its module where others read that weight too."""
+    if NAME in node.meta:
+        return str(node.meta[NAME])
     path = module_path(node)
     if path and any(user is not node for user in weight.users):
         return path

@@ -173,10 +173,10 @@ def check_resources(plan: CompilePlan) -> None:
 
 def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     """Peak host and GPU bytes: the largest weight with its solver copies, or the evaluation's activations."""
-    # Experts are read together and solved one by one.
+    # Experts are read together, twice while a checkpoint's matrices are stacked, and solved one by one.
     solver = max(
         (
-            layer.out_features * layer.in_features * plan.dtype.itemsize
+            layer.out_features * layer.in_features * plan.dtype.itemsize * (2 if layer.experts > 1 else 1)
             + layer.out_features // layer.experts * layer.in_features * 4 * _SOLVER_COPIES
             for layer in plan.layers
         ),

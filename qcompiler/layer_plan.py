@@ -28,6 +28,7 @@ class LayerPlan:
     def __init__(self, options: CompileOptions, head_names: frozenset[str] = frozenset()):
         self._options = options
         self._heads = head_names
+        self._table_bits: int | None = None
         self._unused: set[str] = {*options.skip, *(pattern for pattern, _ in options.bits_overrides)}
 
     def bits_for(self, name: str) -> int | str:
@@ -56,12 +57,11 @@ class LayerPlan:
                 self._unused.discard(pattern)
                 return f"--skip {pattern}"
         override = self._override(name)
-        if override is not None:
-            return override
-        return self._options.embedding_bits or "embedding (quantize it with --embedding-bits)"
+        self._table_bits = self._options.embedding_bits if override is None else override
+        return self._table_bits or "embedding (quantize it with --embedding-bits)"
 
     def shares_embedding(self, name: str) -> str | None:
-        """None if the linear `name`, tied to a quantized embedding, reads its tensors; else why not.
+        """None if the linear `name`, tied to the embedding asked about last, reads its tensors; else why not.
 
         Raises:
             InvalidInputError: Other bits were asked for it than for the embedding.
@@ -72,10 +72,10 @@ class LayerPlan:
                 return f"--skip {pattern}"
         override = self._override(name)
         wanted = override if override is not None else self._options.lm_head_bits
-        if wanted is not None and wanted != self._options.embedding_bits:
+        if wanted is not None and wanted != self._table_bits:
             raise InvalidInputError(
                 f"{name} is tied to the embedding: it cannot have {wanted} bits and the embedding "
-                f"{self._options.embedding_bits}",
+                f"{self._table_bits}",
                 hint="One table is stored for both: give one width, or --skip one of them.",
             )
         return None

@@ -82,7 +82,7 @@ class CompilePlan:
     def method_of(self, layer: QuantizedLinear) -> tuple[Method, dict[str, Any]]:
         """The method that quantizes a layer, and its options."""
         if layer.kind == "embedding" and self.embedding_method not in (None, self.method):
-            return cast("Method", self.embedding_method), {}
+            return self.embedding_method, {}
         return self.method, self.method_options
 
     @property
@@ -140,6 +140,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     quantize.required = False  # told below in the user's terms
     quantizing: list[Pass] = [quantize]
     if embedding_method is not None:
+        quantizing[0].required = False  # all linears may be left alone where the embedding is not
         quantizing.insert(0, quantize_embeddings(options, layer_plan, embedding_method))
     results = PassManager(quantizing, dump_dir=_dump(options, "2-quantized")).run(quantized_graph)
     skipped = [SkippedLayer(name, reason) for name, reason in results[-1].skipped]
@@ -179,8 +180,9 @@ def quantize_embeddings(options: CompileOptions, layer_plan: LayerPlan, method: 
         bits = layer_plan.embedding_bits_for(name)
         if isinstance(bits, str):
             return bits
-        own = method.name == options.method
-        return method.resolve_spec(bits, options.group_size if own else None)
+        if method.name != options.method:
+            return method.resolve_spec(bits)
+        return method.resolve_spec(bits, options.group_size, options.method_options)
 
     return QuantizeEmbeddings(choose, share=layer_plan.shares_embedding)
 

@@ -15,6 +15,7 @@ import torch
 from qcompiler.kernels.errors import InvalidInputError
 
 SpecT = TypeVar("SpecT")
+SpecIn = TypeVar("SpecIn", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Format(Protocol[SpecT]):
 
 
 @runtime_checkable
-class GroupedFormat(Protocol[SpecT]):
+class GroupedFormat(Protocol[SpecIn]):
     """A format with an op for expert weights.
 
     Weights [experts, out_features, in_features] are stored as the one weight
@@ -84,18 +85,18 @@ class GroupedFormat(Protocol[SpecT]):
     """
 
     def grouped_op_call(
-        self, spec: SpecT, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
+        self, spec: SpecIn, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
     ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The op and its arguments for `grouped_linear(x, weight, offsets, bias)`; tensors or nodes."""
         ...
 
 
 @runtime_checkable
-class EmbeddingFormat(Protocol[SpecT]):
+class EmbeddingFormat(Protocol[SpecIn]):
     """A format with an op that gathers rows: a table [num_embeddings, embedding_dim] stored as a weight."""
 
     def embedding_op_call(
-        self, spec: SpecT, ids: Any, tensors: Mapping[str, Any], embedding_dim: int, dtype: torch.dtype
+        self, spec: SpecIn, ids: Any, tensors: Mapping[str, Any], embedding_dim: int, dtype: torch.dtype
     ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The op and its arguments for `embedding(weight, ids)` with a result of `dtype`."""
         ...

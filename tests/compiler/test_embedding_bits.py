@@ -1,4 +1,4 @@
-"""`--embedding-bits` on tiny-llama, whose head is tied: one stored table, as large as accounted, little lost."""
+"""`--embedding-bits` on tiny-llama, whose head is tied: one table, as large as accounted, little lost."""
 
 from __future__ import annotations
 

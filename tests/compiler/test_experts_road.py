@@ -1,4 +1,4 @@
-"""Mixture-of-experts checkpoints through the whole road: experts quantized, streamed, stored, run, checked."""
+"""Mixture-of-experts checkpoints through the whole road: experts quantized, streamed, stored, run."""
 
 from __future__ import annotations
 
@@ -124,9 +124,9 @@ def test_experts_stand_in_manifest_and_report(compiled, capsys):
     assert not any("experts" in skipped["name"] for skipped in report["linears_skipped"])
     held = open_artifact(artifact).tensors.entries.values()
     stored = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in held)
-    assert run(qcompile, [str(artifact.parent / "model"), "-o", str(artifact.parent / "never"), "--dry-run",
-                          "--json", "--method", "rtn", "--bits", "4", "--group-size", "16", "--dtype", "float32"]
-               ) == 0  # fmt: skip
+    flags = ["--json", "--method", "rtn", "--bits", "4", "--group-size", "16", "--dtype", "float32"]
+    model, never = artifact.parent / "model", artifact.parent / "never"
+    assert run(qcompile, [str(model), "-o", str(never), "--dry-run", *flags]) == 0
     # rotary frequencies are the only tensors that are no weights
     assert 0 <= stored - json.loads(capsys.readouterr().out)["bytes"] < 1000
 
@@ -168,7 +168,8 @@ def test_experts_are_quantized_one_at_a_time(tmp_path, monkeypatch):
     flags = ["--method", "rtn", "--dtype", "float32", "--eval-tokens", "0", "-q"]
     assert run(qcompile, [str(folder), "-o", str(tmp_path / "out"), *flags]) == 0
     experts = [(name, shape) for name, shape in shapes if "experts" in name]
-    assert ("model.layers.0.mlp.experts.down_proj[3]" in dict(experts)) and len(experts) == 2 * 2 * 4
+    assert "model.layers.0.mlp.experts.down_proj[3]" in dict(experts)
+    assert len(experts) == 2 * 2 * 4
     assert all(len(shape) == 2 and max(shape) <= 128 for _, shape in experts)
 
 

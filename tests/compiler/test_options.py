@@ -19,6 +19,20 @@ def test_bits_values_split_into_default_and_overrides():
     assert parse_bits(()) == (None, ())
 
 
+def test_an_embedding_takes_its_bits_from_patterns_and_a_tied_head_follows():
+    options = CompileOptions(
+        "model", embedding_bits=4, lm_head_bits=8, bits_overrides=(("embed_tokens", 8),), skip=("wte",)
+    )
+    plan = LayerPlan(options)
+    assert plan.embedding_bits_for("transformer.wte") == "--skip wte"
+    assert plan.embedding_bits_for("model.embed_tokens") == 8
+    assert plan.shares_embedding("lm_head") is None
+    plan.check_all_used([])
+    assert plan.embedding_bits_for("other") == 4
+    with pytest.raises(InvalidInputError, match="cannot have 8 bits and the embedding 4"):
+        plan.shares_embedding("lm_head")
+
+
 @pytest.mark.parametrize("values", [("four",), ("o_proj=",), ("3", "4"), ("=x",)])
 def test_bits_values_that_make_no_sense_are_refused(values):
     with pytest.raises(InvalidInputError, match="--bits"):

@@ -31,9 +31,9 @@ class Experts(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.transposed = transposed
-        up, down = torch.randn(EXPERTS, 48, 64), torch.randn(EXPERTS, 64, 48)
+        up, down = torch.randn(EXPERTS, 96, 64), torch.randn(EXPERTS, 64, 96)
         self.up = nn.Parameter(up.transpose(1, 2).contiguous() if transposed else up)
-        self.up_bias = nn.Parameter(torch.randn(EXPERTS, 48))
+        self.up_bias = nn.Parameter(torch.randn(EXPERTS, 96))
         self.down = nn.Parameter(down.transpose(1, 2).contiguous() if transposed else down)
         self.register_buffer("ends", torch.tensor([5, 5, 9], dtype=torch.int32))
 
@@ -57,11 +57,11 @@ def test_experts_are_quantized_one_by_one_in_either_layout(lab, transposed):
     assert 0 < difference < 0.02  # eight bits
     assert lab.ops(gm)[AFFINE] == 2
     assert GROUPED not in lab.ops(gm)
-    assert asked == [("up", (48, 64))] * EXPERTS + [("down", (64, 48))] * EXPERTS
+    assert asked == [("up", (96, 64))] * EXPERTS + [("down", (64, 96))] * EXPERTS
     found = [(q.name, q.kind, q.experts, q.out_features, q.in_features, q.bias) for q in result.quantized]
     assert found == [
-        ("up", "experts", EXPERTS, EXPERTS * 48, 64, "up_bias"),
-        ("down", "experts", EXPERTS, EXPERTS * 64, 48, None),
+        ("up", "experts", EXPERTS, EXPERTS * 96, 64, "up_bias"),
+        ("down", "experts", EXPERTS, EXPERTS * 64, 96, None),
     ]
 
 
@@ -108,11 +108,23 @@ def test_real_families_on_meta(lab, name):
         )
 
 
+def test_experts_in_a_batched_product_are_named(lab):
+    result = QuantizeLinears(lambda *_: AffineSpec(4, 16)).run(lab.family("llama4_text").graph)
+    skipped = {name: reason for name, reason in result.skipped if "experts" in name}
+    experts = "model.layers.1.feed_forward.experts"  # its first layer is dense
+    assert set(skipped) == {f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert all("batched product" in reason for reason in skipped.values())
+
+
 def test_reasons_for_experts_left_alone(lab):
     class Odd(Experts):
+        def __init__(self, transposed):
+            super().__init__(transposed)
+            self.third = nn.Parameter(torch.randn(EXPERTS, 96, 64))
+
         def forward(self, x):
             x = super().forward(x) + self.down.sum()
-            return torch.ops.qcompiler.grouped_linear(x, self.up * 2, self.ends, None, False)
+            return torch.ops.qcompiler.grouped_linear(x, self.third * 2, self.ends, None, False)
 
     gm = lab.export(Odd(transposed=False), torch.randn(10, 64))
     result = QuantizeLinears(
