@@ -218,9 +218,7 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     return scores
 
 
-def _adjust(
-    scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
-) -> None:
+def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]) -> None:
     for i, (state, history) in enumerate(zip(states, histories, strict=True)):
         params = state.params
         penalty = params.repetition_penalty

@@ -131,9 +131,7 @@ class Service:
                 "the model is generating, or another service owns it", hint="Load the model once more."
             )
         self._pages = pages
-        self.scheduler = Scheduler(
-            engine, pages, prefix_cache=prefix_cache, chunked_prefill=chunked_prefill
-        )
+        self.scheduler = Scheduler(engine, pages, prefix_cache=prefix_cache, chunked_prefill=chunked_prefill)
         self._wake = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._cancelled: deque[Task] = deque()
@@ -257,9 +255,7 @@ class Service:
         try:
             while True:
                 with self._wake:
-                    while idle and not (
-                        self._inbox or self._cancelled or self._nudged or self._stopping
-                    ):
+                    while idle and not (self._inbox or self._cancelled or self._nudged or self._stopping):
                         # Sequences that wait for their readers must be looked after now and then.
                         self._wake.wait(_SWEEP_SECONDS if self.scheduler.busy else None)
                         if self.scheduler.busy:

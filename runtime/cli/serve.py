@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.runtime.cli.options import artifact_argument, console, device, load_model, read_text
+from qcompiler.runtime.cli.options import artifact_argument, console, device, load_model
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic")
 
@@ -53,19 +53,12 @@ def command(
         raise InvalidInputError(
             f"qrun serve needs {', '.join(missing)}", hint="pip install 'qcompiler[serve]'"
         )
-    from pydantic import ValidationError
-
     from qcompiler.runtime.server.app import create_app
-    from qcompiler.runtime.server.limits import Limits
+    from qcompiler.runtime.server.limits import Limits, read_limits
     from qcompiler.runtime.server.main import allowed_hosts, bind, make_server, read_api_keys
 
     keys = read_api_keys(api_key_file) if api_key_file else ()
-    try:
-        bounds = Limits.model_validate_json(read_text(limits)) if limits else Limits()
-    except ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InvalidInputError(f"{limits}: {where} {first['msg']}") from None
+    bounds = read_limits(limits) if limits else Limits()
     listener = bind(host, port)
     with listener:
         model = load_model(

@@ -77,8 +77,9 @@ class Completions:
     async def _whole(self, streams: list[Stream], reply: Reply, http: HttpRequest) -> Response:
         reading = asyncio.gather(*(_read(s) for s in streams))
         leaving = asyncio.ensure_future(_disconnected(http))
+        both: list[asyncio.Future[Any]] = [reading, leaving]
         try:
-            await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 return Response(status_code=_GONE)
             return JSONResponse(reply.whole(list(zip(streams, reading.result(), strict=True))))

@@ -30,7 +30,14 @@ def status_of(error: QCompilerError) -> int:
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """The JSON object of an error."""
     default = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": _clean(message), "type": _TYPES.get(status, default), "param": param and _clean(param), "code": status}}
+    return {
+        "error": {
+            "message": _clean(message),
+            "type": _TYPES.get(status, default),
+            "param": param and _clean(param),
+            "code": status,
+        }
+    }
 
 
 def error_response(status: int, message: str, param: str | None = None) -> Response:

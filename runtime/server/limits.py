@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qcompiler.kernels.errors import InvalidInputError
 
 
 class Limits(BaseModel):
@@ -34,24 +38,40 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_body_bytes: int = Field(4 << 20, ge=1024)
-    max_header_bytes: int = Field(16 << 10, ge=1024)
-    max_n: int = Field(16, ge=1)
-    max_prompts: int = Field(64, ge=1)
-    max_choices: int = Field(64, ge=1)
-    max_tokens: int = Field(1 << 20, ge=1)
-    default_max_tokens: int = Field(128, ge=1)
-    max_logprobs: int = Field(20, ge=0, le=20)
-    max_stop: int = Field(16, ge=0, le=64)
-    max_stop_length: int = Field(256, ge=1, le=1024)
-    max_logit_bias: int = Field(300, ge=0, le=1024)
-    max_messages: int = Field(2048, ge=1, le=10_000)
-    max_waiting: int = Field(256, ge=1)
-    max_preparing: int = Field(512, ge=1)
-    max_buffered: int = Field(1024, ge=2)
-    stall_seconds: float = Field(30.0, gt=0, allow_inf_nan=False)
-    request_seconds: float = Field(600.0, gt=0, allow_inf_nan=False)
-    template_seconds: float = Field(2.0, gt=0, allow_inf_nan=False)
-    drain_seconds: float = Field(30.0, ge=0, allow_inf_nan=False)
-    keep_alive_seconds: int = Field(15, ge=1)
-    max_connections: int = Field(1024, ge=1)
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_header_bytes: int = Field(default=16 << 10, ge=1024)
+    max_n: int = Field(default=16, ge=1)
+    max_prompts: int = Field(default=64, ge=1)
+    max_choices: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=1 << 20, ge=1)
+    default_max_tokens: int = Field(default=128, ge=1)
+    max_logprobs: int = Field(default=20, ge=0, le=20)
+    max_stop: int = Field(default=16, ge=0, le=64)
+    max_stop_length: int = Field(default=256, ge=1, le=1024)
+    max_logit_bias: int = Field(default=300, ge=0, le=1024)
+    max_messages: int = Field(default=2048, ge=1, le=10_000)
+    max_waiting: int = Field(default=256, ge=1)
+    max_preparing: int = Field(default=512, ge=1)
+    max_buffered: int = Field(default=1024, ge=2)
+    stall_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    request_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    template_seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    drain_seconds: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    keep_alive_seconds: int = Field(default=15, ge=1)
+    max_connections: int = Field(default=1024, ge=1)
+
+
+def read_limits(path: Path) -> Limits:
+    """Limits from a JSON object; what it does not name has its default.
+
+    Raises:
+        InvalidInputError: the file cannot be read, or names an unknown limit or an impossible value.
+    """
+    try:
+        return Limits.model_validate_json(path.read_bytes())
+    except OSError as e:
+        raise InvalidInputError(f"{path}: {e.strerror}") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InvalidInputError(f"{path}: {where} {first['msg']}") from None

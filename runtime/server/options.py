@@ -19,10 +19,8 @@ def completion_requests(body: CompletionRequest, model: Model, limits: Limits) -
         InvalidInputError: beyond a limit.
     """
     prompts = body.prompt
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
         prompts = [prompts]
-    elif isinstance(prompts[0], int):
-        prompts = [prompts]  # type: ignore[list-item]
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise InvalidInputError("best_of is served only where it equals n")
@@ -33,7 +31,7 @@ def completion_requests(body: CompletionRequest, model: Model, limits: Limits) -
     limit = body.max_tokens or limits.default_max_tokens
     params = sampling_params(body, min(limit, model.max_context), limits)
     _check_max_tokens(body.max_tokens, model, limits)
-    tokens = [model.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]  # type: ignore[arg-type]
+    tokens = [model.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
     return [r for p in tokens for r in _choices(p, params, n, body.logprobs, body.max_tokens, model)]
 
 

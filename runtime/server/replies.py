@@ -28,7 +28,11 @@ class Reply:
         self._tokenizer = tokenizer
         kind = "chat.completion" if chat else "text_completion"
         prefix = "chatcmpl-" if chat else "cmpl-"
-        self._head: dict[str, Any] = {"id": prefix + secrets.token_hex(12), "object": kind, "created": int(time.time())}
+        self._head: dict[str, Any] = {
+            "id": prefix + secrets.token_hex(12),
+            "object": kind,
+            "created": int(time.time()),
+        }
         self._head["model"] = model
         self._offsets: dict[int, int] = {}
 
@@ -44,7 +48,7 @@ class Reply:
 
     def _choice(self, index: int, events: list[Event]) -> dict[str, Any]:
         text = "".join(e.text for e in events)
-        choice = {
+        choice: dict[str, Any] = {
             "index": index,
             "finish_reason": events[-1].finish_reason,
             "logprobs": self._logprobs(index, events),
@@ -78,7 +82,9 @@ class Reply:
         """The end of all choices."""
         data = b""
         if with_usage:
-            data = sse({**self._head, "object": self._object(), "choices": [], "usage": usage(streams, self._n)})
+            data = sse(
+                {**self._head, "object": self._object(), "choices": [], "usage": usage(streams, self._n)}
+            )
         return data + b"data: [DONE]\n\n"
 
     def _chunk(self, index: int, body: dict[str, Any]) -> bytes:
@@ -106,9 +112,9 @@ class Reply:
             self._offsets[index] = offsets[-1] + len(text)
         tops = []
         for token, p in found:
-            top = {self._text(t): v for t, v in reversed(p.top)}  # of equal texts the likeliest stays
-            top.setdefault(self._text(token), p.logprob)
-            tops.append(dict(reversed(top.items())))
+            named = {self._text(t): v for t, v in reversed(p.top)}  # of equal texts the likeliest stays
+            named.setdefault(self._text(token), p.logprob)
+            tops.append(dict(sorted(named.items(), key=lambda item: -item[1])))
         values = [p.logprob for _, p in found]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 

@@ -37,25 +37,25 @@ class StreamOptions(_Base):
 class Sampling(_Base):
     """What both endpoints share."""
 
-    model: str | None = Field(None, max_length=256)
-    temperature: Number = Field(1.0, ge=0, le=2)
-    top_p: Number = Field(1.0, gt=0, le=1)
+    model: str | None = Field(default=None, max_length=256)
+    temperature: Number = Field(default=1.0, ge=0, le=2)
+    top_p: Number = Field(default=1.0, gt=0, le=1)
     n: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)] | None = None
-    presence_penalty: Number | None = Field(0.0, ge=-2, le=2)
-    frequency_penalty: Number | None = Field(0.0, ge=-2, le=2)
+    presence_penalty: Number | None = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(default=0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[str, Number], Field(max_length=1024)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     # Beyond OpenAI's, under the names that other servers use.
     top_k: Annotated[int, Field(strict=True, ge=-1, le=1 << 24)] = 0
-    min_p: Number = Field(0.0, ge=0, le=1)
-    repetition_penalty: Number = Field(1.0, gt=0, le=10)
+    min_p: Number = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: Number = Field(default=1.0, gt=0, le=10)
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     ignore_eos: bool = False
     # Taken, and without effect here.
-    user: str | None = Field(None, max_length=1024)
+    user: str | None = Field(default=None, max_length=1024)
     metadata: dict[str, str] | None = None
     store: bool | None = None
 
@@ -83,7 +83,7 @@ class Message(_Base):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
-    name: str | None = Field(None, max_length=256)
+    name: str | None = Field(default=None, max_length=256)
 
     def plain(self) -> dict[str, Any]:
         """The message as templates read it."""

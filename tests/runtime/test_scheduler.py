@@ -1,4 +1,4 @@
-"""The scheduler and the service: pages shared, taken back and never lost; tokens that do not depend on any of it."""
+"""The scheduler and the service: pages are shared, taken back, never lost; tokens depend on none of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ from qcompiler.runtime.sampling import SamplingParams
 from qcompiler.runtime.service import ClosedError, OverloadedError, Request, Service
 from qcompiler.runtime.stream import StreamTimeoutError
 
-PROMPTS = ["Once upon a time", "The", "It is a truth universally acknowledged, that a single man", "fn main() {"]
+PROMPTS = [
+    "Once upon a time",
+    "The",
+    "It is a truth universally acknowledged, that a single man",
+    "fn main() {",
+]
 NEW = 24
 
 
@@ -184,7 +189,9 @@ def test_a_long_prompt_does_not_stop_the_others(make_service):
     service = make_service(max_step_tokens=16)
     steps = []
     run = service.model.engine.executor.run
-    service.model.engine.executor.run = lambda spans: steps.append([len(s.tokens) for s in spans]) or run(spans)
+    service.model.engine.executor.run = lambda spans: (
+        steps.append([len(s.tokens) for s in spans]) or run(spans)
+    )
     short = service.submit(Request([5], SamplingParams(max_tokens=40, ignore_eos=True)))
     next(short)
     long = service.submit(Request(list(range(5, 205)), SamplingParams(max_tokens=2)))

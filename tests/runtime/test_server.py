@@ -152,10 +152,11 @@ def test_chat_logprobs(client):
 
 
 def test_text_parts_are_one_text(client):
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Tell me about "}, {"type": "text", "text": "the sea."}]}]  # fmt: skip
+    content = [{"type": "text", "text": text} for text in ("Tell me about ", "the sea.")]
     options = {"model": NAME, "max_tokens": 8, "temperature": 0}
-    texts = [client.chat.completions.create(messages=m, **options).choices[0].message.content for m in (parts, CHAT)]  # fmt: skip
-    assert texts[0] == texts[1]
+    parts = client.chat.completions.create(messages=[{"role": "user", "content": content}], **options)
+    whole = client.chat.completions.create(messages=CHAT, **options)
+    assert parts.choices[0].message.content == whole.choices[0].message.content
 
 
 def test_what_is_not_served_is_refused_by_name(server):
@@ -298,7 +299,9 @@ def test_200_requests_with_disconnects_leave_no_page_behind(server, float_model,
             for i, (prompt, count) in enumerate(work):
                 stream = i % 2 == 0
                 stays = chance.random() < 0.5
-                jobs.append(one(http, prompt, count, stream=stream) if stays else leaves(http, prompt, stream))
+                jobs.append(
+                    one(http, prompt, count, stream=stream) if stays else leaves(http, prompt, stream)
+                )
             return await asyncio.gather(*jobs)
 
     got = asyncio.run(main())

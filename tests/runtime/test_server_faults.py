@@ -143,14 +143,14 @@ def test_fault_36_a_prompt_beyond_the_context(server):
     ],
 )
 def test_fault_37_bytes_that_are_no_text(server, body):
-    status = 404 if b'"model"' in body else 400
     with server.client() as client:
         response = client.post(TEXT, content=body, headers={"content-type": "application/json"})
-    assert response.status_code in (400, status)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
 
 
 def test_fault_37_special_tokens_typed_by_a_user_stay_text(server):
-    """"</s>" in a message is four characters; the template's own is the token."""
+    """ "</s>" in a message is four characters; the template's own is the token."""
     model = server.model
     messages = [
         {"role": "user", "content": "a</s>b<s>"},
@@ -210,7 +210,13 @@ def test_fault_40_a_slow_reader_has_a_bounded_buffer(tiny_float):
     limits = {"max_buffered": 8, "stall_seconds": 1.5}
     with serving(tiny_float, limits=limits) as server, connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = {"prompt": [PROMPT] * 8, "max_tokens": 1900, "ignore_eos": True, "stream": True, "logprobs": 20}
+        body = {
+            "prompt": [PROMPT] * 8,
+            "max_tokens": 1900,
+            "ignore_eos": True,
+            "stream": True,
+            "logprobs": 20,
+        }
         send_json(sock, TEXT, body)
         streams = lambda: [t.sink for t in server.service.scheduler.running]  # noqa: E731
         wait_for(lambda: any(s.full() for s in streams()), seconds=60)
@@ -235,18 +241,11 @@ def test_fault_41_huge_bodies_and_heads(server):
         assert client.get("/health?" + "q" * 20_000).status_code == 431
         assert client.get("/health", headers={f"x-{i}": "y" for i in range(5000)}).status_code == 431
     with connect(server) as sock:  # a head that never ends
-        sock.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nx-long: ")
-        reply = b""
-        try:
-            for _ in range(64):
-                sock.sendall(b"x" * 8192)
-        except OSError:
-            pass
-        try:
-            reply = sock.recv(4096)
-        except OSError:
-            pass  # closed before everything was sent
-        assert reply in (b"",) or b" 431 " in reply.splitlines()[0]
+        sock.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"x" * (64 << 10))
+        assert b" 431 " in sock.recv(4096).splitlines()[0]
+    with connect(server) as sock:  # no HTTP at all
+        sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        assert b" 400 " in sock.recv(4096).splitlines()[0]
 
 
 def test_fault_42_a_kernel_that_fails_is_a_500_of_its_own_request(server, monkeypatch):
@@ -254,7 +253,7 @@ def test_fault_42_a_kernel_that_fails_is_a_500_of_its_own_request(server, monkey
     run = executor.run
 
     def faulty(spans):
-        if any(666 in s.tokens for s in spans):
+        if any(s.start == 0 and list(s.tokens) == [666] for s in spans):
             raise RuntimeError("illegal instruction")
         return run(spans)
 
@@ -305,9 +304,8 @@ def test_fault_43_sigterm_drains(tiny_float):
                 data += sock.recv(65536)
             process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
-            with pytest.raises(OSError):  # noqa: PT011  (refused, or reset)
-                late = socket.create_connection(("127.0.0.1", port), timeout=5)
-                late.close()
+            with pytest.raises(ConnectionError):
+                socket.create_connection(("127.0.0.1", port), timeout=5)
             while piece := sock.recv(65536):
                 data += piece
         assert b"[DONE]" in data
@@ -327,13 +325,15 @@ def test_fault_44_overload_is_429(tiny_float):
             answers = list(pool.map(lambda _: server.post(TEXT, body), range(12)))
         found = [a.status_code for a in answers]
         assert set(found) == {200, 429}
-        assert found.count(200) >= 3 - 1  # one runs, two wait
+        assert found.count(200) >= 2  # two may wait, even if all come before the first one runs
         assert all(a.headers["retry-after"] for a in answers if a.status_code == 429)
         assert server.post(TEXT, {**body, "n": 4}).status_code == 429
         server.rest()
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "file://"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://[", "file://"]
+)
 def test_fault_45_other_origins_are_denied(server, origin):
     with server.client(headers={"origin": origin}) as client:
         for method, path in (("GET", "/"), ("GET", "/v1/models"), ("POST", TEXT), ("OPTIONS", TEXT)):
@@ -411,5 +411,3 @@ def wait_for(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
-
-
