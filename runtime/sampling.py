@@ -15,7 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -137,12 +137,23 @@ class SamplingParams:
             raise InvalidInputError(f"{name} must be a whole number in [{least}, {most}], not {value!r}")
 
 
+class Constraint(Protocol):
+    """What a request's text must be like, token by token."""
+
+    def allowed(self) -> torch.Tensor:
+        """Which tokens may come next: bool [vocabulary], on the CPU."""
+
+    def accept(self, token: int) -> bool:
+        """Take the token that came; True if the text is complete."""
+
+
 @dataclass
 class SamplerState:
-    """What sampling keeps of one request: its generator, and how many of its tokens are the prompt."""
+    """What sampling keeps of one request: its generator, how many tokens are the prompt, its constraint."""
 
     params: SamplingParams
     prompt_length: int = 0
+    constraint: Constraint | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
@@ -171,6 +182,11 @@ def sample(
     if any(s.params.adjusts_logits for s in states):
         scores = scores.clone() if scores is logits else scores
         _adjust(scores, states, histories)
+    bound = [(i, s.constraint) for i, s in enumerate(states) if s.constraint is not None]
+    if bound:
+        scores = scores.clone() if scores is logits else scores
+        for i, constraint in bound:
+            scores[i].masked_fill_(~constraint.allowed().to(scores.device), -math.inf)
     tokens = scores.argmax(-1)
     drawn = [i for i, s in enumerate(states) if s.params.temperature > 0]
     if drawn:

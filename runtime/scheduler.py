@@ -23,7 +23,7 @@ from qcompiler.kernels.errors import QCompilerError
 from qcompiler.runtime.batch import Span
 from qcompiler.runtime.engine import Engine, FinishReason, NonFiniteLogitsError
 from qcompiler.runtime.page_pool import PagePool, page_key
-from qcompiler.runtime.sampling import SamplerState, SamplingParams, sample
+from qcompiler.runtime.sampling import Constraint, SamplerState, SamplingParams, sample
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,13 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def task(
-        self, prompt: Seq[int], params: SamplingParams, sink: Sink, *, logprobs: int | None = None
+        self,
+        prompt: Seq[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Task:
         """A task that is not queued yet; may be called from any thread.
 
@@ -122,7 +128,7 @@ class Scheduler:
             InvalidInputError: the prompt is empty, too long, or can never have the pages it may need.
         """
         limit, stop_ids = self.engine.plan(prompt, params)
-        sampler = SamplerState(params, len(prompt))
+        sampler = SamplerState(params, len(prompt), constraint)
         return Task(next(self._ids), list(prompt), limit, stop_ids, sampler, sink, logprobs)
 
     def add(self, task: Task) -> None:
@@ -332,7 +338,9 @@ class Scheduler:
         self.counters.generated_tokens += 1
         stops = token in task.stop_ids
         try:
-            stops = task.sink.accept(token, logprob, stops=stops) or stops
+            constraint = task.sampler.constraint
+            complete = constraint is not None and not stops and constraint.accept(token)
+            stops = task.sink.accept(token, logprob, stops=stops) or stops or complete
         except QCompilerError as e:
             self._finish(task, "aborted", e)
             return

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.runtime.model import Generation, Model
-from qcompiler.runtime.sampling import SamplingParams
+from qcompiler.runtime.sampling import Constraint, SamplingParams
 from qcompiler.runtime.scheduler import Counters, DeviceLostError, Scheduler, Task
 from qcompiler.runtime.stream import Stream, StreamTimeoutError
 
@@ -49,11 +49,13 @@ class Request:
         params: How to sample and when to stop.
         logprobs: How many of the likeliest tokens to report at each position beside the chosen one's
             log probability; None reports nothing.
+        constraint: What the text must be like; an object of this request alone, as it keeps a state.
     """
 
     prompt: Seq[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and (
@@ -173,7 +175,9 @@ class Service:
             if self._tokenizer is None and params.stop:
                 raise InvalidInputError("stop strings need a tokenizer, which the artifact does not have")
             stream = Stream(self._tokenizer, params.stop, self.max_buffered, observer=self._observer)
-            task = self.scheduler.task(request.prompt, params, stream, logprobs=request.logprobs)
+            task = self.scheduler.task(
+                request.prompt, params, stream, logprobs=request.logprobs, constraint=request.constraint
+            )
             stream.attach(task, len(request.prompt), cancel=self._cancel, nudge=self._nudge)
             streams.append(stream)
         with self._wake:

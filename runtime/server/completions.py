@@ -1,10 +1,13 @@
-"""Answers a request: prompts made beside the event loop, streams read, everything let go when a client leaves."""
+"""Answers a request: makes its prompts beside the event loop, reads its streams.
+
+When a client leaves, wherever it is by then, its sequences end.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request as HttpRequest
@@ -13,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from qcompiler.kernels.errors import QCompilerError
 from qcompiler.runtime.server.faults import error_event, error_response
+from qcompiler.runtime.server.grammar import Grammars
 from qcompiler.runtime.server.limits import Limits
 from qcompiler.runtime.server.options import chat_requests, completion_requests
 from qcompiler.runtime.server.replies import Reply
@@ -24,6 +28,7 @@ from qcompiler.runtime.stream import Event, Stream
 _TEMPLATE_THREADS, _TEXT_THREADS = 4, 4
 # A client that closed its connection; nobody reads this answer.
 _GONE = 499
+T = TypeVar("T")
 
 
 class Completions:
@@ -42,6 +47,7 @@ class Completions:
         self._templates = CapacityLimiter(_TEMPLATE_THREADS)
         self._texts = CapacityLimiter(_TEXT_THREADS)
         self._preparing = 0
+        self._grammars = Grammars(service.model)
 
     async def answer(self, body: ChatRequest | CompletionRequest, http: HttpRequest) -> Response:
         """The response to a request.
@@ -59,7 +65,7 @@ class Completions:
         reply = Reply(self._name, chat=chat, n=body.n or 1, tokenizer=self._service.model.tokenizer)
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._stream(streams, reply, with_usage=with_usage)
+            return await self._stream(streams, reply, http, with_usage=with_usage)
         return await self._whole(streams, reply, http)
 
     async def _prepare(self, body: ChatRequest | CompletionRequest) -> list[Request]:
@@ -69,35 +75,38 @@ class Completions:
         self._preparing += 1
         try:
             if isinstance(body, ChatRequest):
-                return await to_thread.run_sync(chat_requests, body, model, limits, limiter=self._templates)
+                return await to_thread.run_sync(
+                    chat_requests, body, model, limits, self._grammars, limiter=self._templates
+                )
             return await to_thread.run_sync(completion_requests, body, model, limits, limiter=self._texts)
         finally:
             self._preparing -= 1
 
     async def _whole(self, streams: list[Stream], reply: Reply, http: HttpRequest) -> Response:
-        reading = asyncio.gather(*(_read(s) for s in streams))
-        leaving = asyncio.ensure_future(_disconnected(http))
-        both: list[asyncio.Future[Any]] = [reading, leaving]
         try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                return Response(status_code=_GONE)
-            return JSONResponse(reply.whole(list(zip(streams, reading.result(), strict=True))))
+            events = await _unless_gone(asyncio.gather(*(_read(s) for s in streams)), http)
         finally:
-            leaving.cancel()
-            reading.cancel()
             for stream in streams:
                 stream.cancel()
+        if events is None:
+            return Response(status_code=_GONE)
+        return JSONResponse(reply.whole(list(zip(streams, events, strict=True))))
 
-    async def _stream(self, streams: list[Stream], reply: Reply, *, with_usage: bool) -> Response:
+    async def _stream(
+        self, streams: list[Stream], reply: Reply, http: HttpRequest, *, with_usage: bool
+    ) -> Response:
         merged = _Merged(streams)
         try:
-            first = await merged.next()  # whatever fails before the first token still has a status
-            if isinstance(first[1], QCompilerError):
+            # Whatever fails before the first token still has a status.
+            first = await _unless_gone(asyncio.ensure_future(merged.next()), http)
+            if first is not None and isinstance(first[1], QCompilerError):
                 raise first[1]
         except BaseException:
             merged.close()
             raise
+        if first is None:
+            merged.close()
+            return Response(status_code=_GONE)
 
         async def chunks() -> AsyncIterator[bytes]:
             for index in range(len(streams)):
@@ -163,6 +172,18 @@ class _EventStream(StreamingResponse):
 
 async def _read(stream: Stream) -> list[Event]:
     return [event async for event in stream]
+
+
+async def _unless_gone(work: asyncio.Future[T], http: HttpRequest) -> T | None:
+    """The result of `work`, or None if the client leaves first; `work` is cancelled then."""
+    leaving = asyncio.ensure_future(_disconnected(http))
+    both: list[asyncio.Future[Any]] = [work, leaving]
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else None
+    finally:
+        work.cancel()
+        leaving.cancel()
 
 
 async def _disconnected(http: HttpRequest) -> None:

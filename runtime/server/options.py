@@ -7,6 +7,7 @@ from dataclasses import replace
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.runtime.model import Model
 from qcompiler.runtime.sampling import SamplingParams
+from qcompiler.runtime.server.grammar import Grammars
 from qcompiler.runtime.server.limits import Limits
 from qcompiler.runtime.server.schemas import ChatRequest, CompletionRequest, Sampling
 from qcompiler.runtime.service import Request
@@ -18,9 +19,7 @@ def completion_requests(body: CompletionRequest, model: Model, limits: Limits) -
     Raises:
         InvalidInputError: beyond a limit.
     """
-    prompts = body.prompt
-    if isinstance(prompts, str) or isinstance(prompts[0], int):
-        prompts = [prompts]
+    prompts = _prompts(body)
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise InvalidInputError("best_of is served only where it equals n")
@@ -31,17 +30,12 @@ def completion_requests(body: CompletionRequest, model: Model, limits: Limits) -
     limit = body.max_tokens or limits.default_max_tokens
     params = sampling_params(body, min(limit, model.max_context), limits)
     _check_max_tokens(body.max_tokens, model, limits)
-    tokens = [model.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+    tokens = [model.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     return [r for p in tokens for r in _choices(p, params, n, body.logprobs, body.max_tokens, model)]
 
 
-def chat_requests(body: ChatRequest, model: Model, limits: Limits) -> list[Request]:
+def chat_requests(body: ChatRequest, model: Model, limits: Limits, grammars: Grammars) -> list[Request]:
     """The conversation `n` times; see `completion_requests`."""
-    kind = body.response_format.type if body.response_format else "text"
-    if kind != "text":
-        raise InvalidInputError(
-            f"response_format {kind!r} is not served", hint="Leave it out, or say {'type': 'text'}."
-        )
     _at_most("the number of messages", len(body.messages), limits.max_messages)
     n = body.n or 1
     _check_n(n, 1, limits)
@@ -55,7 +49,13 @@ def chat_requests(body: ChatRequest, model: Model, limits: Limits) -> list[Reque
     _check_max_tokens(wanted, model, limits)
     params = sampling_params(body, min(wanted or model.max_context, limits.max_tokens), limits)
     tokens = model.chat_tokens([m.plain() for m in body.messages])
-    return _choices(tokens, params, n, logprobs, wanted, model)
+    requests = _choices(tokens, params, n, logprobs, wanted, model)
+    constraint = grammars.constraint(body.response_format.model_dump()) if body.response_format else None
+    if constraint is None:
+        return requests
+    if body.ignore_eos:
+        raise InvalidInputError("response_format does not go with ignore_eos")
+    return [replace(r, constraint=constraint.copy()) for r in requests]
 
 
 def sampling_params(body: Sampling, max_tokens: int, limits: Limits) -> SamplingParams:
@@ -89,6 +89,15 @@ def sampling_params(body: Sampling, max_tokens: int, limits: Limits) -> Sampling
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos,
     )
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    """One prompt or several, each a text or token ids."""
+    given = body.prompt
+    if isinstance(given, str):
+        return [given]
+    several: list[str | list[int]] = [p for p in given if not isinstance(p, int)]
+    return several or [[t for t in given if isinstance(t, int)]]
 
 
 def _choices(

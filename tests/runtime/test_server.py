@@ -163,7 +163,8 @@ def test_what_is_not_served_is_refused_by_name(server):
     chat, base = "/v1/chat/completions", {"messages": CHAT, "max_tokens": 1}
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
     for extra, word in (
-        ({"response_format": schema}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema.schema"),
+        ({"response_format": {**schema, "type": "grammar"}}, "response_format"),
         ({"tools": []}, "tools"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"model": "other"}, "other"),
@@ -171,6 +172,64 @@ def test_what_is_not_served_is_refused_by_name(server):
         response = server.post(chat, {**base, **extra})
         assert response.status_code == (404 if "model" in extra else 400)
         assert word in response.json()["error"]["message"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["ship", "whale", "storm"]},
+        "size": {"type": "integer", "minimum": 1, "maximum": 99},
+        "calm": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "size", "calm"],
+    "additionalProperties": False,
+}
+
+
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def test_json_follows_its_schema_for_50_seeds(client):
+    pytest.importorskip("llguidance")
+    texts = []
+    for seed in range(0, 50, 10):
+        got = client.chat.completions.create(
+            model=NAME, messages=CHAT, n=10, seed=seed, temperature=1, max_tokens=80,
+            response_format=json_schema(SCHEMA),
+        )  # fmt: skip
+        texts += [(c.message.content, c.finish_reason) for c in got.choices]
+    assert {reason for _, reason in texts} == {"stop"}
+    for text, _ in texts:
+        value = json.loads(text)
+        assert list(value) == SCHEMA["required"]
+        assert isinstance(value["name"], str)
+        assert len(value["name"]) <= 12
+        assert value["kind"] in SCHEMA["properties"]["kind"]["enum"]
+        assert type(value["size"]) is int
+        assert 1 <= value["size"] <= 99
+        assert type(value["calm"]) is bool
+    assert len({text for text, _ in texts}) > 40
+
+
+def test_a_schema_that_cannot_be_followed_is_refused(server):
+    pytest.importorskip("llguidance")
+    for schema in ({"type": "nothing"}, {"$ref": "http://example.com/x"}, {"type": "string", "pattern": "("}):
+        body = {"messages": CHAT, "max_tokens": 4, "response_format": json_schema(schema)}
+        response = server.post("/v1/chat/completions", body)
+        assert response.status_code == 400
+        assert "response_format" in response.json()["error"]["message"]
+
+
+def test_without_the_library_a_schema_is_refused(server, monkeypatch):
+    from qcompiler.runtime.server import grammar
+
+    monkeypatch.setattr(grammar.importlib.util, "find_spec", lambda name: None)
+    body = {"messages": CHAT, "max_tokens": 4, "response_format": json_schema(SCHEMA)}
+    response = server.post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    assert "llguidance" in response.json()["error"]["message"]
 
 
 # Around

@@ -205,6 +205,19 @@ def test_fault_39_a_client_that_leaves_frees_its_place_and_pages(server, stream)
     assert server.service.stats().counters.generated_tokens < 1900
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_fault_39_a_client_that_leaves_the_queue(server, stream):
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+    with connect(server) as sock:
+        send_json(sock, TEXT, {**body, "n": 4})
+        wait_for(lambda: server.service.stats().running == 4)
+        with connect(server) as late:
+            send_json(late, TEXT, {**body, "stream": stream})
+            wait_for(lambda: server.service.stats().waiting == 1)
+        wait_for(lambda: server.service.stats().waiting == 0, seconds=5)
+        assert server.service.stats().running == 4
+
+
 def test_fault_40_a_slow_reader_has_a_bounded_buffer(tiny_float):
     """Nobody reads the socket: what the sequence may run ahead is bounded, and in the end it is given up."""
     limits = {"max_buffered": 8, "stall_seconds": 1.5}
