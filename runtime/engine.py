@@ -90,7 +90,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._ids = itertools.count()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held while a step runs
 
     def check_tokens(self, tokens: Seq[int], *, room: int = 0) -> None:
         """Raise `InvalidInputError` unless the ids are in the vocabulary and leave `room` in the context."""
@@ -108,15 +108,8 @@ class Engine:
                 f"token id {low if low < 0 else high} is not in the vocabulary of {self.vocab_size}"
             )
 
-    def add(
-        self, prompt: Seq[int], params: SamplingParams, *, watch: Callable[[int], bool] | None = None
-    ) -> Sequence:
-        """Queue a prompt.
-
-        Args:
-            prompt: Token ids.
-            params: How to sample and when to stop.
-            watch: Called with each generated token that is no stop token; True ends the sequence.
+    def plan(self, prompt: Seq[int], params: SamplingParams) -> tuple[int, frozenset[int]]:
+        """Most tokens that a request may come to, prompt included, and the tokens that end it.
 
         Raises:
             InvalidInputError: the prompt is empty, too long, or needs more pages than there are.
@@ -133,28 +126,44 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         )
+        return limit, stop_ids
+
+    def add(
+        self, prompt: Seq[int], params: SamplingParams, *, watch: Callable[[int], bool] | None = None
+    ) -> Sequence:
+        """Queue a prompt.
+
+        Args:
+            prompt: Token ids.
+            params: How to sample and when to stop.
+            watch: Called with each generated token that is no stop token; True ends the sequence.
+
+        Raises:
+            InvalidInputError: the prompt is empty, too long, or needs more pages than there are.
+        """
+        limit, stop_ids = self.plan(prompt, params)
         sequence = Sequence(
             id=next(self._ids),
             tokens=list(prompt),
             prompt_length=len(prompt),
             limit=limit,
             stop_ids=stop_ids,
-            sampler=SamplerState(params),
+            sampler=SamplerState(params, len(prompt)),
             watch=watch,
         )
-        with self._lock:
+        with self.lock:
             self.waiting.append(sequence)
         return sequence
 
     def abort(self, sequence: Sequence) -> None:
         """Stop a sequence now and free its pages; does nothing if it has ended."""
-        with self._lock:
+        with self.lock:
             if sequence.finish_reason is None:
                 self._finish(sequence, "aborted")
 
     def step(self) -> bool:
         """Compute one step; False when nothing is left to do."""
-        with self._lock:
+        with self.lock:
             work = self._schedule()
             if not work:
                 return False
@@ -198,7 +207,7 @@ class Engine:
             InvalidInputError: what waits can never start, because its pages are held elsewhere.
         """
         if not self.step():
-            with self._lock:
+            with self.lock:
                 if self.waiting and not self.running:
                     raise InvalidInputError(
                         f"{self.allocator.available} free pages of the KV cache are too few for a prompt",
@@ -219,7 +228,7 @@ class Engine:
         active: list[tuple[int, list[int], int, list[int]]] = []  # index, tokens, computed, pages
         try:
             while pending or active:
-                with self._lock:
+                with self.lock:
                     room = budget - sum(len(t) - c for _, t, c, _ in active)
                     while pending and room > 0:
                         pages = self.allocator.allocate(self.allocator.pages_for(len(pending[0][1])))
@@ -255,7 +264,7 @@ class Engine:
                     yield index, computed, logits[row : row + count]
                     row += count
         finally:
-            with self._lock:
+            with self.lock:
                 for _, _, _, pages in active:
                     self.allocator.release(pages)
 

@@ -20,11 +20,12 @@ import torch
 
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.artifact import Artifact, Verify, open_artifact
-from qcompiler.runtime.chat import ChatTemplate, find_template
+from qcompiler.runtime.chat import MAX_SECONDS, ChatTemplate, find_template
 from qcompiler.runtime.engine import Engine, FinishReason, Sequence
 from qcompiler.runtime.loader import choose_device, load_program
 from qcompiler.runtime.memory import make_executor
 from qcompiler.runtime.program import Program
+from qcompiler.runtime.prompts import chat_tokens
 from qcompiler.runtime.sampling import SamplingParams
 from qcompiler.runtime.tokenizer import TextStream, Tokenizer
 
@@ -113,6 +114,7 @@ class Model:
         self._engine = engine
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None
+        self._template_seconds = MAX_SECONDS
 
     @property
     def kind(self) -> str:
@@ -174,7 +176,8 @@ class Model:
                 raise InvalidInputError(
                     "the artifact has no chat template", hint="Use generate() with plain text."
                 )
-            self._template = ChatTemplate(source, self.tokenizer.special_tokens)
+            seconds = self._template_seconds
+            self._template = ChatTemplate(source, self.tokenizer.special_tokens, max_seconds=seconds)
         return self._template
 
     @overload
@@ -257,8 +260,13 @@ class Model:
         return self._complete(prompts, params)[0].text
 
     def chat_tokens(self, messages: Seq[Mapping[str, Any]]) -> list[int]:
-        """The prompt of a conversation; the template writes the special tokens itself."""
-        return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
+        """The prompt of a conversation; the template writes the special tokens, messages never do."""
+        return chat_tokens(self.tokenizer, self.chat_template, messages)
+
+    def limit_template(self, seconds: float) -> None:
+        """Give the chat template at most this time for one conversation."""
+        self._template_seconds = seconds
+        self._template = None
 
     def logits(self, token_ids: Seq[int]) -> torch.Tensor:
         """Logits float32 [tokens, vocabulary] of a sequence on the CPU; an encoder's output [tokens, …]."""

@@ -1,7 +1,9 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, repetition penalty.
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, penalties.
 
 The processors are those of transformers, in its order: repetition penalty,
-temperature, top-k, top-p, min-p. A token is drawn by inverting the cumulative
+temperature, top-k, top-p, min-p. Presence and frequency penalty and biases,
+which come right after the repetition penalty, are those of OpenAI's API: they
+count generated tokens only. A token is drawn by inverting the cumulative
 distribution, in vocabulary order, at one uniform number from the request's
 own generator; so what a request draws does not depend on its neighbours.
 """
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +24,7 @@ from qcompiler.kernels.errors import InvalidInputError
 MAX_TOKENS = 1 << 24
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
         min_p: Drop tokens less likely than this times the most likely one, in [0, 1].
         repetition_penalty: Logits of tokens seen before are divided by this if positive, else multiplied.
+        presence_penalty: Subtracted from the logits of tokens generated before, in [-2, 2].
+        frequency_penalty: Subtracted once for each time that a token was generated, in [-2, 2].
+        logit_bias: Pairs (token id, number in [-100, 100] that is added to its logit).
         seed: Makes sampling repeatable; None draws a fresh one.
         max_tokens: Most tokens to generate.
         stop: Strings that end the text; they are not part of it.
@@ -48,6 +55,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
@@ -66,6 +76,9 @@ class SamplingParams:
         self._number("top_p", 0.0, 1.0, above=True)
         self._number("min_p", 0.0, 1.0)
         self._number("repetition_penalty", 0.0, 1e4, above=True)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._biases()
         self._integer("top_k", 0, 1 << 24)
         self._integer("max_tokens", 1, MAX_TOKENS)
         if self.seed is not None:
@@ -76,6 +89,16 @@ class SamplingParams:
             raise InvalidInputError("stop_token_ids: each must be a token id")
         if not isinstance(self.ignore_eos, bool):
             raise InvalidInputError("ignore_eos must be true or false")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a penalty or a bias changes the logits."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
 
     @classmethod
     def make(cls, **options: Any) -> SamplingParams:
@@ -96,17 +119,41 @@ class SamplingParams:
             raise InvalidInputError(f"{name} must be a number in {bound}, not {value!r}")
         object.__setattr__(self, name, float(value))
 
+    def _biases(self) -> None:
+        pairs = self.logit_bias
+        if not isinstance(pairs, (tuple, list)) or len(pairs) > MAX_BIASES:
+            raise InvalidInputError(f"logit_bias must be a list of at most {MAX_BIASES} pairs")
+        for pair in pairs:
+            good = isinstance(pair, (tuple, list)) and len(pair) == 2 and type(pair[0]) is int
+            if not good or not 0 <= pair[0] < 1 << 24 or type(pair[1]) not in (int, float):
+                raise InvalidInputError("logit_bias: each must be a token id and a number")
+            if not -100.0 <= pair[1] <= 100.0:  # false for NaN
+                raise InvalidInputError(f"logit_bias must be in [-100, 100], not {pair[1]!r}")
+        object.__setattr__(self, "logit_bias", tuple((int(t), float(b)) for t, b in pairs))
+
     def _integer(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if type(value) is not int or not least <= value <= most:
             raise InvalidInputError(f"{name} must be a whole number in [{least}, {most}], not {value!r}")
 
 
+class Constraint(Protocol):
+    """What a request's text must be like, token by token."""
+
+    def allowed(self) -> torch.Tensor:
+        """Which tokens may come next: bool [vocabulary], on the CPU."""
+
+    def accept(self, token: int) -> bool:
+        """Take the token that came; True if the text is complete."""
+
+
 @dataclass
 class SamplerState:
-    """What sampling keeps of one request: its generator, and its tokens if a penalty looks at them."""
+    """What sampling keeps of one request: its generator, how many tokens are the prompt, its constraint."""
 
     params: SamplingParams
+    prompt_length: int = 0
+    constraint: Constraint | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def __post_init__(self) -> None:
@@ -126,15 +173,20 @@ def sample(
     Args:
         logits: [rows, vocabulary], any floating dtype.
         states: One per row.
-        histories: Prompt and generated tokens of each row; read only where there is a repetition penalty.
+        histories: Prompt and generated tokens of each row; read only where there is a penalty.
 
     Returns:
         Token ids; −1 for a row whose logits hold NaN or nothing finite.
     """
     scores = logits.float()
-    if any(s.params.repetition_penalty != 1.0 for s in states):
+    if any(s.params.adjusts_logits for s in states):
         scores = scores.clone() if scores is logits else scores
-        _penalize(scores, states, histories)
+        _adjust(scores, states, histories)
+    bound = [(i, s.constraint) for i, s in enumerate(states) if s.constraint is not None]
+    if bound:
+        scores = scores.clone() if scores is logits else scores
+        for i, constraint in bound:
+            scores[i].masked_fill_(~constraint.allowed().to(scores.device), -math.inf)
     tokens = scores.argmax(-1)
     drawn = [i for i, s in enumerate(states) if s.params.temperature > 0]
     if drawn:
@@ -182,15 +234,25 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     return scores
 
 
-def _penalize(
-    scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
-) -> None:
+def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]) -> None:
     for i, (state, history) in enumerate(zip(states, histories, strict=True)):
-        penalty = state.params.repetition_penalty
+        params = state.params
+        penalty = params.repetition_penalty
         if penalty != 1.0 and history:
             seen = torch.tensor(sorted(set(history)), device=scores.device)
             row = scores[i, seen]
             scores[i, seen] = torch.where(row < 0, row * penalty, row / penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = Counter(history[state.prompt_length :])
+            if counts:
+                tokens = torch.tensor(list(counts), device=scores.device)
+                times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
+                scores[i, tokens] -= params.presence_penalty + params.frequency_penalty * times
+        biases = [(t, b) for t, b in params.logit_bias if t < scores.shape[-1]]
+        if biases:
+            tokens = torch.tensor([t for t, _ in biases], device=scores.device)
+            added = torch.tensor([b for _, b in biases], dtype=scores.dtype, device=scores.device)
+            scores[i].index_add_(0, tokens, added)
 
 
 def _invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

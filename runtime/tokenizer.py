@@ -8,6 +8,7 @@ become a stop string.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ class Tokenizer:
             self._backend.no_padding()
             self._backend.no_truncation()
             self._backend.decode(self._backend.encode("a").ids)  # some faults show only in use
+        # Whether special tokens are read in a text is a state of the library's object.
+        self._lock = threading.Lock()
         self.config = config or {}
         self.special_tokens = {
             key: text for key in _SPECIAL if (text := _content(self.config.get(key))) is not None
@@ -45,6 +48,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """Texts that are read as special tokens, the longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(sorted({t.content for t in added if t.special and t.content}, key=len, reverse=True))
 
     def token_id(self, token: str) -> int | None:
         """Id of a token by its exact text, or None."""
@@ -69,7 +78,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as e:
             raise InvalidInputError(f"the text is not valid Unicode: lone surrogate at {e.start}") from None
-        with _library_errors("the tokenizer failed on this text"):
+        with self._lock, _library_errors("the tokenizer failed on this text"):
             self._backend.encode_special_tokens = not parse_special
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -1,4 +1,4 @@
-"""qrun: generate, chat, eval, bench, inspect and verify an artifact.
+"""qrun: generate, chat, serve, eval, bench, inspect and verify an artifact.
 
 Results go to stdout, everything else to stderr; with --json stdout holds one
 JSON object and nothing else. Exit codes: 0 fine, 2 refused input, 3 quality
@@ -19,6 +19,7 @@ import click
 _COMMANDS = {
     "generate": ("qcompiler.runtime.cli.generate", "Continue one or more prompts."),
     "chat": ("qcompiler.runtime.cli.chat", "Talk with the model by its chat template."),
+    "serve": ("qcompiler.runtime.cli.serve", "Answer requests by OpenAI's HTTP API."),
     "eval": ("qcompiler.runtime.cli.eval", "Perplexity of a text file."),
     "bench": ("qcompiler.runtime.cli.bench", "Prefill and decode speed by batch size."),
     "inspect": ("qcompiler.runtime.cli.inspect", "What an artifact holds."),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.runtime.sampling import SamplerState, SamplingParams, process, sample
+from qcompiler.runtime.sampling import SamplerState, SamplingParams, _adjust, process, sample
 
 
 def logits(rows, vocabulary=200, seed=0):
@@ -178,3 +178,28 @@ def test_a_sampled_token_is_always_one_that_was_kept(temperature, top_k, top_p, 
     kept = process(scores, [params])[0] > -math.inf
     assert kept.any()
     assert kept[sample(scores, [SamplerState(params)], [[]])[0]]
+
+
+def test_presence_frequency_and_bias_count_generated_tokens_only():
+    """z − presence·[count > 0] − frequency·count + bias, over what follows the prompt."""
+    logits = torch.zeros(1, 6)
+    history = [0, 0, 1, 2, 2, 3]  # the first three are the prompt
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((4, 2.0), (5, -100)))
+    sample(logits, [SamplerState(params, prompt_length=3)], [history])
+    assert not logits.any()  # what the caller gave stays as it was
+    scores = logits.clone()
+    _adjust(scores, [SamplerState(params, prompt_length=3)], [history])
+    assert scores.tolist() == [[0.0, 0.0, -1.0, -0.75, 2.0, -100.0]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")}, {"logit_bias": ((1, 101),)},
+        {"logit_bias": ((-1, 1),)}, {"logit_bias": ((1, float("nan")),)}, {"logit_bias": (1,)},
+        {"logit_bias": tuple((i, 0) for i in range(2000))},
+    ],
+)  # fmt: skip
+def test_penalties_and_biases_out_of_range_are_refused_by_name(options):
+    with pytest.raises(InvalidInputError, match=next(iter(options))):
+        SamplingParams(**options)

@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP server; needs the extra `qcompiler[serve]`."""

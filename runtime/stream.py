@@ -1,0 +1,234 @@
+"""What comes of a request, token by token, read from a thread or from an event loop.
+
+The worker thread writes events and the reader takes them. The buffer between
+them is bounded: when it is full, the sequence waits for its reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qcompiler.kernels.errors import QCompilerError
+from qcompiler.runtime.engine import FinishReason
+from qcompiler.runtime.model import Generation
+from qcompiler.runtime.scheduler import Task, TokenLogprob
+from qcompiler.runtime.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from qcompiler.runtime.service import Observer
+
+
+class StreamTimeoutError(QCompilerError):
+    """A request took too long, or nobody read what came of it."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token, or the end.
+
+    Attributes:
+        text: What is certain of the text by now; may be empty, as half a character is held back.
+        token: The token's id; None in the last event.
+        logprob: Its log probability, if asked for.
+        finish_reason: Set in the last event.
+    """
+
+    text: str
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Stream:
+    """Events of one request; iterate over it, plainly or with `async for`, in one place only.
+
+    Leaving the `with` block, or `cancel`, ends the request wherever it is.
+    """
+
+    task: Task
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Seq[str],
+        max_buffered: int,
+        *,
+        observer: Observer | None = None,
+    ):
+        self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
+        self._max_buffered = max_buffered
+        self._observer = observer
+        self._ready = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._ended = False
+        self.error: QCompilerError | None = None
+        self.finish_reason: FinishReason | None = None
+        self.token_ids: list[int] = []
+        self.prompt_tokens = 0
+        self.created = self._last = time.monotonic()
+        self._full_since: float | None = None
+        self._cancel: Callable[[Task], None] | None = None
+        self._nudge: Callable[[], None] | None = None
+
+    def attach(
+        self, task: Task, prompt_tokens: int, *, cancel: Callable[[Task], None], nudge: Callable[[], None]
+    ) -> None:
+        """Say whose events these are; done once by the service."""
+        self.task, self.prompt_tokens, self._cancel, self._nudge = task, prompt_tokens, cancel, nudge
+
+    # The reader's side
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the cache already."""
+        return self.task.cached_tokens
+
+    def cancel(self) -> None:
+        """End the request; does nothing if it has ended."""
+        if not self._ended and self._cancel is not None:
+            self._cancel(self.task)
+
+    def result(self) -> Generation:
+        """Read to the end.
+
+        Raises:
+            QCompilerError: the request failed.
+        """
+        text = "".join(event.text for event in self)
+        return self._generation(text)
+
+    async def aresult(self) -> Generation:
+        """`result` for an event loop."""
+        text = "".join([event.text async for event in self])
+        return self._generation(text)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        with self._ready:
+            while not self._events:
+                if self._ended:
+                    self._raise_error()
+                    raise StopIteration
+                self._ready.wait()
+            event, freed = self._pop()
+        self._after(freed)
+        return event
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        while True:
+            with self._ready:
+                if self._events:
+                    event, freed = self._pop()
+                    break
+                if self._ended:
+                    self._raise_error()
+                    raise StopAsyncIteration
+                loop = asyncio.get_running_loop()
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiter = (loop, future)
+            await future
+        self._after(freed)
+        return event
+
+    def _pop(self) -> tuple[Event, bool]:
+        event = self._events.popleft()
+        freed = self._full_since is not None and len(self._events) <= self._max_buffered // 2
+        if freed:
+            self._full_since = None
+        return event, freed
+
+    def _after(self, freed: bool) -> None:
+        if freed and self._nudge is not None:
+            self._nudge()
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _generation(self, text: str) -> Generation:
+        return Generation(text, self.token_ids, self.finish_reason or "aborted", self.prompt_tokens)
+
+    # The worker's side
+
+    def accept(self, token: int, logprob: TokenLogprob | None, *, stops: bool) -> bool:
+        """Take a token; True if a stop string is complete."""
+        text = self._text.add([token]) if self._text is not None and not stops else ""
+        self.token_ids.append(token)
+        self._put(Event(text, token, logprob))
+        if self._observer is not None:
+            now = time.monotonic()
+            first = len(self.token_ids) == 1
+            (self._observer.first_token if first else self._observer.next_token)(now - self._last)
+            self._last = now
+        return self._text is not None and self._text.stopped
+
+    def full(self) -> bool:
+        """Whether the reader has to catch up first."""
+        return self._full_since is not None
+
+    def stalled(self, now: float) -> float:
+        """Seconds since the buffer became full."""
+        since = self._full_since
+        return 0.0 if since is None else now - since
+
+    def end(self, reason: FinishReason, error: QCompilerError | None) -> None:
+        """Give out what was held back, and the reason of the end."""
+        self.finish_reason, self.error = reason, error
+        text = ""
+        if error is None and self._text is not None:
+            try:
+                text = self._text.finish()
+            except QCompilerError as e:
+                self.finish_reason, self.error = "aborted", e
+        if self.error is None:
+            self._put(Event(text, finish_reason=reason), last=True)
+        else:
+            self._put(None, last=True)
+        if self._observer is not None:
+            self._observer.finished("error" if self.error is not None else reason)
+
+    def _put(self, event: Event | None, *, last: bool = False) -> None:
+        with self._ready:
+            if event is not None:
+                self._events.append(event)
+            if len(self._events) >= self._max_buffered and self._full_since is None:
+                self._full_since = time.monotonic()
+            self._ended = self._ended or last
+            waiter, self._waiter = self._waiter, None
+            self._ready.notify_all()
+        if waiter is not None:
+            loop, future = waiter
+            try:
+                loop.call_soon_threadsafe(_wake, future)
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                self.cancel()
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
