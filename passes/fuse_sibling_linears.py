@@ -12,26 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import GraphModule
 
-import qcompiler.kernels.formats.affine
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
-from qcompiler.kernels.formats.affine import AffineSpec
-from qcompiler.kernels.formats.base import get_format
+from qcompiler.kernels.formats.base import TensorSpec, get_format
+from qcompiler.kernels.formats.calls import stored_weight
 from qcompiler.passes.addmm_to_linear import is_linear, linear_bias
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_utils import (
     Node,
     aten,
-    calls,
+    call_arguments,
     dtype_of,
     insert_attribute,
     insert_call,
     is_parameter,
+    op_name,
     rank_of,
     refresh_values,
     replace,
     shape_of,
 )
+from qcompiler.passes.quantize_linears import is_quantized_linear
 from qcompiler.passes.weights import Concat, Recipe, Zeros, layer_name, recipe_of, register_weight, weight_of
+
+# Side by side these would need several tables in one launch: more to read per row, nothing saved in memory.
+_TABLES_PER_WEIGHT = frozenset({"additive", "lut4"})
 
 
 class FuseSiblingLinears(Pass):
@@ -90,21 +94,23 @@ def _read(gm: GraphModule, node: Node) -> _Member | None:
         return _Member(
             node, node.args[0], kind, name, {"weight": weight}, linear_bias(node), shape_of(weight)[0]
         )
-    if calls(node, torch.ops.qcompiler.linear_affine.default):
-        x, low, high, scales, zeros, bias, bits, group_size, in_features = node.args
-        tensors = {"low": low, "high": high, "scales": scales, "zeros": zeros}
-        tensors = {part: item for part, item in tensors.items() if item is not None}
-        if not all(is_parameter(item) for item in tensors.values()):
-            return None
-        kind = ("affine", bits, group_size, dtype_of(scales), in_features)
-        name = str(low.target).removesuffix(".low")
-        return _Member(node, x, kind, name, tensors, bias, shape_of(low)[0])
-    return None
+    if not is_quantized_linear(node):
+        return None
+    call = call_arguments(node)
+    weight = stored_weight(op_name(node) or "", call, lambda item: TensorSpec(shape_of(item), dtype_of(item)))
+    if weight is None or not all(is_parameter(item) for item in weight.tensors.values()):
+        return None
+    first = next(iter(weight.tensors.values()))
+    kind = (weight.spec, weight.in_features)
+    name = str(first.target).rpartition(".")[0]
+    return _Member(node, call["x"], kind, name, weight.tensors, call["bias"], shape_of(first)[0])
 
 
 def _unfit(member: _Member) -> str | None:
     if any(len(item.users) > 1 for item in member.tensors.values()):
         return "its weight is read elsewhere too"
+    if getattr(member.kind[0], "name", "") in _TABLES_PER_WEIGHT:
+        return "its format keeps tables for each weight"
     if member.bias is not None and not is_parameter(member.bias):
         return "its bias is computed, not a parameter"
     return None
@@ -122,8 +128,7 @@ def _merge(gm: GraphModule, members: Sequence[_Member]) -> list[Node]:
             args: tuple[Any, ...] = (x, tensors["weight"]) if bias is None else (x, tensors["weight"], bias)
             op = aten.linear.default
         else:
-            bits, group_size, scale_dtype, in_features = first.kind[1:]
-            spec = AffineSpec(bits, group_size, scale_dtype)
+            spec, in_features = first.kind
             op, args = get_format(spec.name).op_call(spec, x, tensors, bias, in_features)
         merged = insert_call(graph, op, args, like=first.node)
         slices, start = [], 0
@@ -155,8 +160,7 @@ def _merged_tensors(gm: GraphModule, name: str, members: Sequence[_Member]) -> d
     if first.kind[0] == "float":
         joined = {"weight": torch.cat([parts["weight"].detach() for parts in held])}
     else:
-        bits, group_size, scale_dtype, _ = first.kind[1:]
-        spec = AffineSpec(bits, group_size, scale_dtype)
+        spec = first.kind[0]
         joined = get_format(spec.name).concat(spec, held)
     nodes = {}
     for part, tensor in joined.items():

@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
+from qcompiler.kernels.formats.calls import QUANTIZED_LINEARS
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_inputs import InputBuilder
 from qcompiler.passes.graph_utils import (
@@ -150,6 +151,7 @@ def _kept_last(node: Node) -> bool:
     return _on_last(1, "dim", -1)(node) and bool(argument(node, 2, "keepdim", False))
 
 
+_QUANTIZED = tuple(getattr(_ops, name).default for name in sorted(QUANTIZED_LINEARS))
 _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
     **dict.fromkeys(
         (
@@ -158,7 +160,7 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
             aten.tanh.default, aten.sigmoid.default, aten.relu.default, aten.silu.default,
             aten.gelu.default, aten.clamp.default, aten.to.dtype, aten._to_copy.default,
             aten.alias.default, aten.clone.default, aten.contiguous.default, aten.linear.default,
-            _ops.linear_affine.default, _ops.rms_norm.default, _ops.add_rms_norm.default,
+            *_QUANTIZED, _ops.rms_norm.default, _ops.add_rms_norm.default,
             _ops.layer_norm.default, _ops.silu_mul.default, _ops.gelu_mul.default, operator.getitem,
         ),
         _always,
@@ -174,7 +176,7 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
 }  # fmt: skip
 
 _HEAVY = (
-    aten.linear.default, _ops.linear_affine.default, _ops.rms_norm.default, _ops.add_rms_norm.default,
+    aten.linear.default, *_QUANTIZED, _ops.rms_norm.default, _ops.add_rms_norm.default,
     _ops.layer_norm.default, aten.layer_norm.default, aten.rsqrt.default,
 )  # fmt: skip
 

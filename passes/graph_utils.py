@@ -457,3 +457,17 @@ def output_node_values(graph: Graph) -> list[Node]:
     """The nodes that the graph returns, flattened."""
     results: Any = graph.output_node().args[0]
     return [results] if isinstance(results, fx.Node) else [r for r in results if isinstance(r, fx.Node)]
+
+
+def op_name(node: Any) -> str | None:
+    """Name of the `qcompiler::` op that a node calls, without namespace and overload; else None."""
+    target = getattr(node, "target", None)
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "qcompiler":
+        return target._schema.name.partition("::")[2]
+    return None
+
+
+def call_arguments(node: Node) -> dict[str, Any]:
+    """A node's arguments by the names in its op's schema."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

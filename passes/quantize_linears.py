@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from qcompiler.kernels.formats.base import GroupedFormat, get_format
+from qcompiler.kernels.formats.calls import QUANTIZED_LINEARS
 from qcompiler.passes.addmm_to_linear import linear_bias
 from qcompiler.passes.base import Pass
 from qcompiler.passes.graph_utils import (
@@ -24,6 +25,7 @@ from qcompiler.passes.graph_utils import (
     is_parameter,
     is_tensor,
     module_path,
+    op_name,
     rank_of,
     replace,
     shape_of,
@@ -177,7 +179,7 @@ def linear_name(node: Node) -> str:
 
 def is_quantized_linear(node: Any) -> bool:
     """True for a linear over the tensors of a storage format."""
-    return calls(node, torch.ops.qcompiler.linear_affine.default)
+    return op_name(node) in QUANTIZED_LINEARS
 
 
 def linear_like(node: Any) -> bool:

@@ -22,12 +22,6 @@ from qcompiler.runtime.opset import OP_LIBRARIES
 from qcompiler.runtime.tensorfile import TensorReader
 
 GRAPH = "graph.json"
-# Ops over affine tensors, and what each calls the columns of its weight.
-_AFFINE_OPS = {
-    "qcompiler.linear_affine.default": "in_features",
-    "qcompiler.grouped_linear_affine.default": "in_features",
-    "qcompiler.embedding_affine.default": "embedding_dim",
-}
 _HASH_THREADS = 4
 Verify = Literal["full", "sizes"]
 
@@ -103,8 +97,8 @@ def open_artifact(path: str | Path, *, verify: Verify = "full") -> Artifact:
     for layer in manifest.layers:
         _check_layer(layer, tensors)
     for node in graph.nodes:
-        if node.op in _AFFINE_OPS:
-            _check_affine_node(node, tensors)
+        if node.op.startswith("qcompiler."):
+            _check_stored_weight(node, tensors)
     return Artifact(root, manifest, graph, tensors)
 
 
@@ -213,33 +207,40 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
             )
 
 
-def _check_affine_node(node: Node, tensors: TensorReader) -> None:
-    """The op's bits, group size and columns must fit its tensors: a kernel would read beyond them."""
-    from qcompiler.kernels.formats import AffineSpec, get_format
+def _check_stored_weight(node: Node, tensors: TensorReader) -> None:
+    """An op's settings must fit the tensors that it reads: a kernel would read beyond them."""
+    from qcompiler.kernels.formats import get_format
+    from qcompiler.kernels.formats.base import TensorSpec
+    from qcompiler.kernels.formats.calls import stored_weight
 
     where = f"{GRAPH}: node {node.name!r} ({node.op})"
-    call = bind(node)
-    columns = _AFFINE_OPS[node.op]
-    parts = {part: call.get(part) for part in ("low", "high", "scales", "zeros")}
-    stored = {part: w.name for part, w in parts.items() if isinstance(w, Weight)}
-    numbers = [call["bits"], call["group_size"], call[columns]]
-    if any(type(n) is not int for n in numbers) or any(
-        w is not None and part not in stored for part, w in parts.items()
-    ):
-        raise ArtifactError(f"{where}: its tensors must be weights and its settings numbers")
-    scales, low = tensors.entries[stored["scales"]], tensors.entries[stored["low"]]
+
+    def describe(argument: Any) -> TensorSpec:
+        if not isinstance(argument, Weight):
+            raise InvalidInputError("the tensors of its weight must be weights of the artifact")
+        entry = tensors.entries[argument.name]
+        return TensorSpec(tuple(entry.shape), entry.dtype)
+
+    op = node.op.removeprefix("qcompiler.").removesuffix(".default")
     try:
-        spec = AffineSpec(numbers[0], numbers[1], scales.dtype)
-        specs = get_format("affine").tensor_specs(spec, low.shape[0] if low.shape else 0, numbers[2])
+        weight = stored_weight(op, bind(node), describe)
+        if weight is None:
+            return
+        found = {part: describe(argument) for part, argument in weight.tensors.items()}
+        rows = next(iter(found.values())).shape
+        wanted = get_format(weight.spec.name).tensor_specs(
+            weight.spec, rows[0] if rows else 0, weight.in_features
+        )
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
-    for part, wanted in specs.items():
-        entry = tensors.entries.get(stored.get(part, ""))
-        if entry is None or entry.shape != tuple(wanted.shape) or entry.dtype != wanted.dtype:
-            found = "missing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+    if set(wanted) != set(found):
+        raise ArtifactError(
+            f"{where}: format {weight.spec.name!r} stores {sorted(wanted)}, not {sorted(found)}"
+        )
+    for part, spec in wanted.items():
+        if found[part] != spec:
             raise ArtifactError(
-                f"{where}: {part} is {found}, but {numbers[0]} bits, group size {numbers[1]} and {columns} "
-                f"{numbers[2]} need {wanted.dtype} {list(wanted.shape)}"
+                f"{where}: {part} is {found[part].dtype} {list(found[part].shape)}, but "
+                f"{weight.spec.to_json()} of {weight.in_features} columns needs "
+                f"{spec.dtype} {list(spec.shape)}"
             )
-    if "high" in stored and "high" not in specs:
-        raise ArtifactError(f"{where}: {numbers[0]} bits have no high plane")

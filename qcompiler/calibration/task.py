@@ -187,7 +187,10 @@ class BlockTask:
 class BlockQuantizer(Protocol):
     """What the runner asks of a method; `qcompiler.methods.calibrated.CalibratedMethod` is one."""
 
-    name: Any
+    @property
+    def name(self) -> str:
+        """The method's name, for messages."""
+        ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize `task.linears`; must depend on nothing but the task."""

@@ -272,14 +272,6 @@ def _manifest(
     return manifest
 
 
-# Ops over affine tensors, and what each calls the columns of its weight.
-_AFFINE_OPS = {
-    "linear_affine": "in_features",
-    "grouped_linear_affine": "in_features",
-    "embedding_affine": "embedding_dim",
-}
-
-
 def expert_counts(graph: fx.GraphModule) -> dict[str, int]:
     """How many experts the rows of a stored weight are divided among, by the name of its first tensor."""
     grouped = torch.ops.qcompiler.grouped_linear_affine.default
@@ -295,36 +287,44 @@ def expert_counts(graph: fx.GraphModule) -> dict[str, int]:
 def quantized_layers(
     graph: Mapping[str, Any], tensors: TensorInfo, experts: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """The manifest's `layers`, read off the graph's nodes over affine tensors: format, settings, tensors.
+    """The manifest's `layers`, read off the graph's nodes over quantized weights: format, settings, tensors.
 
     Args:
         graph: The graph as JSON.
         tensors: Dtype and shape of each stored tensor.
         experts: See `expert_counts`.
     """
-    from qcompiler.kernels.formats import AffineSpec
+    from qcompiler.kernels.formats.base import TensorSpec
+    from qcompiler.kernels.formats.calls import stored_weight
     from qcompiler.kernels.library import registered_ops
+
+    def describe(argument: Any) -> TensorSpec:
+        dtype, shape = tensors[argument["weight"]]
+        return TensorSpec(shape, dtype)
 
     layers: dict[str, dict[str, Any]] = {}
     for node in graph["nodes"]:
         op = node["op"].removeprefix("qcompiler.").removesuffix(".default")
-        if op not in _AFFINE_OPS:
+        if op not in registered_ops():
             continue
         parts = [argument.name for argument in registered_ops()[op].overload._schema.arguments]
         call = {**dict(zip(parts, node["args"], strict=False)), **node.get("kwargs", {})}
-        stored = {p: call[p]["weight"] for p in ("low", "high", "scales", "zeros") if call.get(p) is not None}
-        spec = AffineSpec(call["bits"], call["group_size"], tensors[stored["scales"]][0])
-        name = stored["low"].removesuffix(".low")
+        weight = stored_weight(op, call, describe)
+        if weight is None:
+            continue
+        stored = {part: argument["weight"] for part, argument in weight.tensors.items()}
+        first = next(iter(stored.values()))
+        name = first.rpartition(".")[0]
         layers[name] = {
             "name": name,
-            "format": spec.name,
-            "spec": spec.to_json(),
-            "out_features": tensors[stored["low"]][1][0],
-            "in_features": call[_AFFINE_OPS[op]],
+            "format": weight.spec.name,
+            "spec": weight.spec.to_json(),
+            "out_features": tensors[first][1][0],
+            "in_features": weight.in_features,
             "tensors": stored,
         }
         if op == "grouped_linear_affine":
-            layers[name]["experts"] = (experts or {})[stored["low"]]
+            layers[name]["experts"] = (experts or {})[first]
     return list(layers.values())
 
 

@@ -255,14 +255,19 @@ def test_gated_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_parameter_at_a_time(folder: Path) -> None:
-    """Only the shard of the parameter that is asked for is opened."""
+    """Only the shard of the parameter is mapped, and only as long as the parameter is held."""
     source = ModelSource.from_pretrained(folder)
     checkpoint = source.checkpoint
     assert isinstance(checkpoint, Checkpoint)
-    checkpoint.tensor("model.norm.weight")
-    assert len(checkpoint._files) == 1
-    checkpoint.close()
-    assert not checkpoint._files
+
+    def mapped() -> set[str]:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return {str(path) for path in folder.glob("*.safetensors") if str(path) in maps}
+
+    weight = checkpoint.tensor("model.norm.weight")
+    assert len(mapped()) == 1
+    del weight
+    assert mapped() == set()
 
 
 def test_unknown_parameter_name(folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_weight_is_left_alone_and_bf16_is_taken(name, options):
 
 
 def test_unknown_names_widths_and_options_are_refused_with_the_known_ones():
-    with pytest.raises(InvalidInputError, match="hqq, rtn"):
+    with pytest.raises(InvalidInputError, match="hqq, none, rtn"):
         get_method("magic")
     with pytest.raises(InvalidInputError, match="2, 3, 4, 5, 6, 8"):
         get_method("rtn").resolve_spec(7)

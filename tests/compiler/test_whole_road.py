@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,7 @@ def dequantized_transformers(folder: Path, artifact: Path):
         weight = format_.dequantize(spec, tensors, entry.in_features, torch.float32)
         replaced += put(model, entry.name, weight)
     assert replaced == 7 * model.config.num_hidden_layers
-    return model.eval()
+    return model.eval(), opened
 
 
 def put(model, name: str, weight: torch.Tensor) -> int:
@@ -100,7 +102,7 @@ def test_greedy_text_at_8_bits_is_that_of_transformers(name, tmp_path):
     artifact = tmp_path / "artifact"
     arguments = ["--method", "rtn", "--bits", "8", "--dtype", "float32", "--eval-tokens", "0", "-q"]
     assert run(qcompile, [str(folder), "-o", str(artifact), *arguments]) == 0
-    oracle = dequantized_transformers(folder, artifact)
+    oracle, _ = dequantized_transformers(folder, artifact)
     model = qcompiler.load(artifact, device="cpu")
     texts = prompts()
     encoded = [model.tokenizer.encode(text) for text in texts]
@@ -115,3 +117,79 @@ def test_greedy_text_at_8_bits_is_that_of_transformers(name, tmp_path):
 
     streamed = ["".join(model.generate(text, stream=True, **settings)) for text in texts[:4]]
     assert streamed == [answer.text for answer in batch[:4]]
+
+
+# method, its arguments, formats in the artifact, and how far the engine may be from dequantized weights:
+# fp32 sums in another order, except where activations are quantized too.
+METHODS = [
+    ("bnb", ["--bits", "4"], "lut4", 1e-4),
+    ("bnb", ["--bits", "4", "--quant-type", "fp4", "--no-double-quant"], "lut4", 1e-4),
+    ("bnb", ["--bits", "8"], "int8_channel", 5e-2),
+    ("eetq", [], "int8_channel", 1e-4),
+    ("hqq", ["--bits", "3"], "affine", 1e-4),
+    ("gptq", ["--bits", "4", "--calib-tokens", "512"], "affine", 1e-4),
+    (
+        "aqlm",
+        ["--bits", "2", "--calib-tokens", "512", "--option", "epochs=1", "--beam", "2"],
+        "additive",
+        1e-4,
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "format_name", "tolerance"), METHODS)
+def test_every_method_goes_the_whole_road(random_llama, tmp_path, method, arguments, format_name, tolerance):
+    artifact = tmp_path / "artifact"
+    common = ["--method", method, "--dtype", "float32", "--eval-tokens", "64", "--eval-context", "32", "-q"]
+    assert run(qcompile, [str(random_llama), "-o", str(artifact), *common, *arguments]) == 0
+    oracle, opened = dequantized_transformers(random_llama, artifact)
+    assert {entry.format for entry in opened.manifest.layers} == {format_name}
+    # One launch for Q, K and V, and one for gate and up, where the format can stand side by side.
+    fused = 7 if format_name in ("lut4", "additive") else 4
+    assert len(opened.manifest.layers) == fused * oracle.config.num_hidden_layers
+    ids = list(range(3, 40))
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([ids])).logits[0]
+    actual = qcompiler.load(artifact, device="cpu").logits(ids)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def run_patched(model: Path, out: Path, patch: str, *extra: str) -> subprocess.CompletedProcess[str]:
+    """Run qcompile with gptq in a process of its own, after replacing `GPTQ.quantize_block` by `patch`."""
+    arguments = [str(model), "-o", str(out), *GPTQ, *extra]
+    lines = [
+        "import os, signal",
+        "from qcompiler.methods.gptq import GPTQ",
+        "original = GPTQ.quantize_block",
+        patch,
+        "GPTQ.quantize_block = quantize_block",
+        "from qcompiler.cli.main import main",
+        f"main({arguments!r})",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+GPTQ = ["--method", "gptq", "--bits", "3", "--calib-tokens", "512", "--eval-tokens", "0", "-q"]
+KILL = """
+def quantize_block(self, task):
+    if task.name.endswith(".1"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, task)
+"""
+ONLY_THE_SECOND = """
+def quantize_block(self, task):
+    if not task.name.endswith(".1"):
+        raise SystemExit(f"{task.name} was done again")
+    return original(self, task)
+"""
+
+
+def test_a_killed_calibration_resumes_at_the_block_it_was_in(random_llama, tmp_path):
+    unbroken, killed = tmp_path / "a" / "same", tmp_path / "b" / "same"
+    assert run(qcompile, [str(random_llama), "-o", str(unbroken), *GPTQ]) == 0
+    assert run_patched(random_llama, killed, KILL).returncode == -9
+    resumed = run_patched(random_llama, killed, ONLY_THE_SECOND, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = ({p.name: p.read_bytes() for p in out.iterdir()} for out in (unbroken, killed))
+    assert first == second
