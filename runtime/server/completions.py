@@ -84,7 +84,7 @@ class Completions:
 
     async def _whole(self, streams: list[Stream], reply: Reply, http: HttpRequest) -> Response:
         try:
-            events = await _unless_gone(asyncio.gather(*(_read(s) for s in streams)), http)
+            events = await _unless_gone(asyncio.ensure_future(_read_all(streams)), http)
         finally:
             for stream in streams:
                 stream.cancel()
@@ -168,6 +168,10 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._close()
+
+
+async def _read_all(streams: list[Stream]) -> list[list[Event]]:
+    return await asyncio.gather(*(_read(s) for s in streams))
 
 
 async def _read(stream: Stream) -> list[Event]:
