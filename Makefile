@@ -20,11 +20,12 @@ $(VENV)/.runtime: pyproject.toml constraints/dev.txt
 	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e ".[compile]"
 	touch $@
 
-# The packages in [oracles] are what the tests compare with; hqq builds CUDA kernels unless told not to.
+# The packages that tests compare with; hqq builds CUDA kernels unless told not to, and neither it nor
+# aqlm needs for these tests all that they name.
 $(VENV)/.dev: $(VENV)/.runtime
 	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e ".[dev]"
 	DISABLE_CUDA=1 $(BIN)/python -m pip install --quiet -c constraints/dev.txt --no-deps --no-build-isolation \
-		hqq torchao termcolor
+		hqq torchao termcolor bitsandbytes aqlm
 	touch $@
 
 demo: setup
