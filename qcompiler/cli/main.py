@@ -17,6 +17,9 @@ from qcompiler.options import DTYPES, CompileOptions, parse_bits
 if TYPE_CHECKING:
     from rich.console import Console
 
+# What `qcompiler[compile]` brings and a runtime-only installation lacks.
+_COMPILE_EXTRAS = frozenset({"transformers", "psutil", "packaging", "huggingface_hub"})
+
 EPILOG = """\b
 Examples:
   qcompile examples/models/tiny-llama --method hqq --bits 4
@@ -149,6 +152,9 @@ def run(command: click.Command, argv: list[str] | None = None) -> int:
     except Exception as error:
         if verbose:
             _traceback()
+        if isinstance(error, ModuleNotFoundError) and error.name in _COMPILE_EXTRAS:
+            _say(f"compiling needs the package {error.name}", 'Install it: pip install "qcompiler[compile]"')
+            return 2
         _say(
             f"internal error: {type(error).__name__}: {error}",
             "This is our fault. Rerun with -v for the traceback and report it.",

@@ -328,3 +328,16 @@ def test_help_is_quick_and_names_every_option():
         "--json",
     ):
         assert option in result.stdout
+
+
+def test_a_runtime_only_installation_says_what_compiling_needs(tmp_path):
+    code = """
+import sys
+sys.modules["transformers"] = None
+from qcompiler.cli.main import main
+main(["%s", "--bits", "4"])
+"""
+    command = [sys.executable, "-c", code.replace("%s", str(tmp_path))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "qcompiler[compile]" in result.stderr
