@@ -52,8 +52,10 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 bench:
-	$(PYTHON) -m benchmarks.linear
-	$(PYTHON) -m benchmarks.attention
+	$(PYTHON) -m benchmarks.linear --output benchmarks/results/linear.json
+	$(PYTHON) -m benchmarks.attention --output benchmarks/results/attention.json
+	mkdir -p build/bench
+	$(PYTHON) -m benchmarks.model --work build/bench --output benchmarks/results/model.json
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tune", action="store_true", help="try configurations, write the winners as a table"
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the figures here")
+    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
 
@@ -261,9 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks/linear.py needs a CUDA device; there is none here.", file=sys.stderr)
         return 2
     result = run(options)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -148,5 +149,14 @@ def format_bytes(count: float) -> str:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this process so far.
+
+    From VmHWM where there is a /proc: `ru_maxrss` outlives exec, and so also counts what a large
+    program held that merely started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

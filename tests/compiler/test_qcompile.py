@@ -341,3 +341,14 @@ main(["%s", "--bits", "4"])
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "qcompiler[compile]" in result.stderr
+
+
+def test_peak_memory_is_that_of_the_compiler_not_of_who_started_it():
+    ballast = bytearray(600 << 20)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    code = "from qcompiler.report import peak_rss_bytes; print(peak_rss_bytes())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert 1 << 20 < int(result.stdout) < 300 << 20
+    assert len(ballast) == 600 << 20
