@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qcompiler import __version__
+from qcompiler.cli.config_file import apply_config
 from qcompiler.cli.method_flags import collect, method_flags, typed
 from qcompiler.kernels.errors import QCompilerError
 from qcompiler.options import DTYPES, CompileOptions, parse_bits
@@ -32,6 +33,14 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("model")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=apply_config,
+    help="YAML file with these options, or with LLaMA-Factory's keys; flags override it.",
+)
 @click.option(
     "-m", "--method", default="hqq", show_default=True, help="hqq, rtn, bnb, eetq, gptq, aqlm, none."
 )
