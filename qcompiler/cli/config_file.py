@@ -1,4 +1,4 @@
-"""`qcompile --config FILE`: our options, or the keys that LLaMA-Factory uses, from YAML; flags override them."""
+"""`qcompile --config FILE`: options from YAML, ours or under the keys of LLaMA-Factory; flags override."""
 
 from __future__ import annotations
 
