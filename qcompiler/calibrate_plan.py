@@ -24,6 +24,12 @@ def calibrate_plan(plan: CompilePlan, workspace: Workspace, progress: Progress) 
         UnsupportedModelError: The graph cannot be cut into blocks.
     """
     options = plan.options
+    context = min(options.eval_context, plan.captured.max_positions or options.eval_context)
+    if options.calib_tokens < context:
+        raise InvalidInputError(
+            f"calib_tokens is {options.calib_tokens}, less than one window of {context}",
+            hint="Raise --calib-tokens.",
+        )
     # The runner spreads its windows over the text, so it is given more than it will use.
     tokens = text_tokens(plan, options.calib_text, "calib", 4 * options.calib_tokens)
     if tokens is None:
@@ -39,7 +45,6 @@ def calibrate_plan(plan: CompilePlan, workspace: Workspace, progress: Progress) 
     def load(name: str) -> torch.Tensor:
         return resolve(recipe_of(plan.captured.graph, name), plan.checkpoint.tensor)
 
-    context = min(options.eval_context, plan.captured.max_positions or options.eval_context)
     outcome = calibrate(
         plan.captured.graph,
         load,

@@ -63,7 +63,9 @@ class Workspace:
                 raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not self._finished:
+            self.discard()  # refused before anything was done: nothing to resume
         self._release_lock()
 
     @property

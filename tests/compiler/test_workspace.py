@@ -116,3 +116,9 @@ def test_discard_leaves_nothing_behind(tmp_path):
         workspace.store("a", tensors(0), {})
         workspace.discard()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_failed_before_its_first_layer_leaves_nothing(tmp_path):
+    with pytest.raises(InvalidInputError, match="no such thing"), open_workspace(tmp_path):
+        raise InvalidInputError("no such thing")
+    assert list(tmp_path.iterdir()) == []
