@@ -14,7 +14,7 @@ from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
-from qcompiler.report import SkippedLayer, format_bytes, shorten
+from qcompiler.report import SkippedLayer, by_reason, format_bytes, shorten
 from qcompiler.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -86,10 +86,7 @@ class Estimate:
                 str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0])
             )
         console.print(table)
-        reasons: dict[str, list[str]] = {}
-        for skipped in self.linears_skipped:
-            reasons.setdefault(skipped.reason, []).append(skipped.name)
-        for reason, names in reasons.items():
+        for reason, names in by_reason(self.linears_skipped).items():
             console.print(escape(f"skipped {len(names)}: {reason} ({shorten(names)})"), highlight=False)
         linears = f"{self.bits_per_weight_linears:.3f} in the quantized linears"
         for label, text in (

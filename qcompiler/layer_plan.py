@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from typing import Any
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.options import CompileOptions
@@ -105,13 +104,3 @@ class LayerPlan:
                 self._unused.discard(pattern)
                 bits = value
         return bits
-
-    def describe(self) -> dict[str, Any]:
-        """The plan's rules for the manifest."""
-        return {
-            "bits": self._options.bits,
-            "skip": list(self._options.skip),
-            "overrides": [list(pair) for pair in self._options.bits_overrides],
-            "lm_head_bits": self._options.lm_head_bits,
-            "embedding_bits": self._options.embedding_bits,
-        }

@@ -97,7 +97,7 @@ class CompileReport:
         for table in self.embeddings:
             shared = f", shared with {shorten(list(table.shared_with))}" if table.shared_with else ""
             yield "embedding", f"{table.name}: {table.bits_per_weight:.3f} bits per weight{shared}"
-        for reason, names in self._skipped_by_reason().items():
+        for reason, names in by_reason(self.linears_skipped).items():
             yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
         gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
         yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
@@ -126,11 +126,13 @@ class CompileReport:
             f"{q.perplexity:.4f}, original {q.perplexity_original:.4f} (ratio {q.perplexity_ratio:.4f})",
         )
 
-    def _skipped_by_reason(self) -> dict[str, list[str]]:
-        grouped: dict[str, list[str]] = {}
-        for layer in self.linears_skipped:
-            grouped.setdefault(layer.reason, []).append(layer.name)
-        return grouped
+
+def by_reason(skipped: list[SkippedLayer]) -> dict[str, list[str]]:
+    """Names of skipped linears by the reason why, in order of appearance."""
+    grouped: dict[str, list[str]] = {}
+    for layer in skipped:
+        grouped.setdefault(layer.reason, []).append(layer.name)
+    return grouped
 
 
 def shorten(names: list[str], limit: int = 3) -> str:
