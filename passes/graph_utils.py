@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -170,7 +171,8 @@ def compute_value(node: Node) -> Any:
         raise PassError(f"node {node.name} calls {node.target!r}, which is not a function")
     if mode is None:
         return node.target(*args, **kwargs)
-    with mode:
+    # torch 2.11 needs the Python decompositions: its own of aten.linear asks for concrete sizes.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)
 
 

@@ -93,6 +93,8 @@ def grouped_linear_affine_kernel(
     else:
         position = (lane // WIDTH) * BLOCK + lane % WIDTH
     column = tl.arange(0, LANES // 2)
+    # Where the two codes of a word begin, as `position` of the even one.
+    pair_position = (2 * column // WIDTH) * BLOCK + 2 * column % WIDTH
     word_rows = (held * N + channel)[:, None] * words
     scales += held * N
     zeros += held * N
@@ -120,7 +122,8 @@ def grouped_linear_affine_kernel(
                 scale = tl.load(scales + group * stored + channel).to(tl.float32)[:, None]
                 zero = tl.load(zeros + group * stored + channel).to(tl.float32)[:, None]
             else:
-                groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
+                first_k = tile * TILE + j * WIDTH + pair_position
+                groups = tl.minimum(first_k // GROUP, GROUPS - 1) if GROUP else first_k * 0
                 at_scale = groups[None, :] * stored + channel[:, None]
                 scale = tl.load(scales + at_scale).to(tl.float32)
                 zero = tl.load(zeros + at_scale).to(tl.float32)

@@ -139,8 +139,8 @@ def dequantize_plane(
 ):
     """(code − 2^(BITS−1))·scale + offset of plane j as [rows, 2·words].
 
-    `scale` and `offset` are float32 and broadcast against the result. HALF is
-    tl.bfloat16 or tl.float16: the dtype of the result, whose mantissa takes
+    `scale` and `offset` are float32, [rows, 1] or [rows, words]: two neighbours
+    never lie in different groups. HALF is tl.bfloat16 or tl.float16: the dtype of the result, whose mantissa takes
     the code. bf16 has no room for 8 bits, so those go through float32. Not
     COMPILED (in the interpreter, whose bf16 arithmetic is wrong) all
     arithmetic and the result are float32.
@@ -149,7 +149,7 @@ def dequantize_plane(
     if BITS == 8 and HALF == tl.bfloat16:
         even = _byte_float(low, j, COMPILED) - (8388608.0 + CENTRE)
         odd = _byte_float(low, j + 2, COMPILED) - (8388608.0 + CENTRE)
-        weight = interleave(even, odd) * scale + offset
+        weight = interleave(even * scale + offset, odd * scale + offset)
         if COMPILED:
             weight = weight.to(HALF)
         return weight
@@ -166,7 +166,9 @@ def dequantize_plane(
             return _halves(_fma_pair(pair, _pair_of(scale, HALF), _pair_of(offset, HALF), HALF), HALF)
         else:
             POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
-            return (_halves(pair, HALF).to(tl.float32) - (POWER + CENTRE)) * scale + offset
+            even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+            odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+            return interleave(even * scale + offset, odd * scale + offset)
 
 
 @triton.jit

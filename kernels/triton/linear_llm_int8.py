@@ -201,8 +201,19 @@ def quantize_rows_triton(x: torch.Tensor, limit: float) -> tuple[torch.Tensor, t
     flags = torch.zeros(in_features, dtype=torch.int8, device=x.device)
     columns = torch.empty(in_features + 1, dtype=torch.int32, device=x.device)
     block = min(4096, triton.next_power_of_2(in_features))
+    # Contracted into one fma the rounding of value·factor would be skipped, and ties would fall otherwise.
     quantize_rows_kernel[(tokens,)](
-        x, codes, absmax, flags, in_features, x.stride(0), stride, limit, BLOCK=block, num_warps=8
+        x,
+        codes,
+        absmax,
+        flags,
+        in_features,
+        x.stride(0),
+        stride,
+        limit,
+        BLOCK=block,
+        num_warps=8,
+        enable_fp_fusion=False,
     )
     list_columns_kernel[(1,)](flags, columns, in_features, BLOCK=block, num_warps=8)
     return codes, absmax, columns
@@ -229,6 +240,7 @@ def _few_tokens(
         ROWS=triton.next_power_of_2(tokens),
         BLOCK=block,
         num_warps=16 if block > 4096 else 8,
+        enable_fp_fusion=False,
     )
     return int8_product(rounded, codes, scales, bias, x.dtype, config)
 

@@ -111,6 +111,11 @@ OTHERS = {
     "gemm small groups": linear("gemm", 4, 16, "bf16", 64, 16),
     "gemm per channel": linear("gemm", 4, 0, "fp16", 64, 16),
     "gemm ragged": linear("gemm", 4, 64, "bf16", 64, 16, width_of=1000),
+    **{
+        f"gemm {bits} bit, blocks narrower than a dot": linear("gemm", bits, 32, dtype, 64, 16, width_of=77)
+        for bits, dtype in ((3, "bf16"), (4, "bf16"), (8, "bf16"), (8, "fp16"))
+    },
+    "experts, blocks narrower than a dot": grouped(3, 32, "bf16", 8, width_of=77),
     **{f"gemv {bits} bit": linear("gemv", bits, 64, "bf16", 64, 1, 4, 2) for bits in (2, 3, 5, 6, 8)},
     "gemv fp32": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2),
     "gemv fp32 ragged": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2, width_of=1000),
