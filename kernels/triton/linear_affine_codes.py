@@ -140,9 +140,9 @@ def dequantize_plane(
     """(code − 2^(BITS−1))·scale + offset of plane j as [rows, 2·words].
 
     `scale` and `offset` are float32, [rows, 1] or [rows, words]: two neighbours
-    never lie in different groups. HALF is tl.bfloat16 or tl.float16: the dtype of the result, whose mantissa takes
-    the code. bf16 has no room for 8 bits, so those go through float32. Not
-    COMPILED (in the interpreter, whose bf16 arithmetic is wrong) all
+    never lie in different groups. HALF is tl.bfloat16 or tl.float16: the dtype
+    of the result, whose mantissa takes the code. bf16 has no room for 8 bits,
+    so those go through float32. Not COMPILED (in the interpreter, whose bf16 arithmetic is wrong) all
     arithmetic and the result are float32.
     """
     CENTRE: tl.constexpr = 1 << (BITS - 1)
