@@ -1,8 +1,9 @@
-"""Times linear_affine on a GPU beside bf16 cuBLAS and tinygemm; correctness first.
+"""Times the quantized linears on a GPU beside bf16 cuBLAS and other people's kernels; correctness first.
 
-Every timing is the median over CUDA-graph replays with the weights rotated
-past the L2 cache. The read ceiling is the fastest of several plain Triton
-streaming reads of as many bytes, in the same run. `--tune` tries the
+    python -m benchmarks.linear --cases b4-g64 nf4 --tokens 1 16 --tune --output FILE
+
+Every configuration is first compiled and held against the dequantized weight
+in float64, in parallel processes; a wrong one ends the run. `--tune` tries
 configurations and writes the winners where `kernels/tuning` finds them.
 """
 
@@ -10,249 +11,170 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qcompiler.kernels.formats import AFFINE, AffineSpec
-from qcompiler.kernels.formats.affine import num_groups
-from qcompiler.kernels.tuning.tables import LinearConfig, table_key, table_path, token_bucket
+from benchmarks.linear_cases import Case, candidates, parse_case
+from benchmarks.peers import PEERS
+from benchmarks.timing import copies_past_l2, graph_microseconds, machine, read_ceiling
+from qcompiler.kernels.tuning.tables import LinearConfig, table_path
 
-SHAPES = ["6144x4096", "4096x4096", "28672x4096", "4096x14336"]
-L2_BYTES = 192 << 20  # rotate over more than three times the largest L2 at hand
+# Of Llama-3-8B and 70B: Q/K/V side by side, O, gate and up side by side, down.
+SHAPES_8B = ["6144x4096", "4096x4096", "28672x4096", "4096x14336"]
+SHAPES_70B = ["10240x8192", "8192x8192", "57344x8192", "8192x28672"]
+# Rounding of weights, scales and the result to bfloat16; int8 activations besides, in llm-int8.
+TOLERANCE = 0.02
+
+Job = tuple[str, int, int, int, LinearConfig | None]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK", help="out x in features")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
-    parser.add_argument("--bits", nargs="+", type=int, default=[4])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=20, help="graph replays per timing")
     parser.add_argument(
-        "--tune", action="store_true", help="try configurations, write the winners as a table"
+        "--cases", nargs="+", default=["b4-g64"], help="b4-g64, nf4, eetq, llm-int8, aqlm-2x8"
     )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES_8B, metavar="NxK", help="out x in features")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256, 2048])
+    parser.add_argument("--repeats", type=int, default=8, help="graph replays per timing")
+    parser.add_argument("--tune", action="store_true", help="try configurations, write winners as a table")
+    parser.add_argument("--thorough", action="store_true", help="try more of them")
+    parser.add_argument("--peers", nargs="*", default=sorted(PEERS), choices=sorted(PEERS))
+    parser.add_argument("--seconds", type=float, default=600, help="start no timing after this long")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="write the figures here")
     return parser.parse_args(arguments)
 
 
-def candidates(tokens: int) -> list[LinearConfig]:
-    if tokens > 512:
-        return [
-            LinearConfig("dense"),
-            LinearConfig("gemm", 128, 128, 1, 8, 2),
-            LinearConfig("gemm", 128, 128, 1, 8, 3),
-        ]
-    block_m = min(128, max(16, token_bucket(tokens)))
-    found = [
-        LinearConfig("gemm", block_n, block_m, split, warps, stages)
-        for block_n, warps in ((64, 4), (128, 4), (128, 8))
-        for split in (1, 2, 4, 8)
-        for stages in (2, 3, 4)
-        if tokens <= 64 or (split == 1 and block_n == 128)
-    ]
-    if tokens <= 4:
-        found += [
-            LinearConfig("gemv", block_n, token_bucket(tokens), split, warps, 2)
-            for block_n in (16, 32, 64)
-            for warps in (2, 4)
-            for split in (1, 2, 4)
-        ]
-    if tokens > 64:
-        found.append(LinearConfig("dense"))
-    return found
+_held: dict[tuple[str, int, int], Any] = {}
 
 
-def graph_microseconds(calls: list[Callable[[], Any]], repeats: int) -> float:
-    """Median time of one call in µs; all calls (one per rotated copy) stand in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
-
-
-def read_ceiling(count: int, repeats: int) -> float:
-    """Fastest of several streaming reads of `count` bytes, µs."""
-    from stream_read import stream_read
-
-    words = -(-count // 4)
-    copies = max(2, -(-L2_BYTES // (4 * words)))
-    buffers = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(copies)]
-    best = float("inf")
-    for block, warps, per_program in ((1024, 4, 1), (2048, 4, 2), (4096, 8, 1), (4096, 8, 4), (2048, 4, 8)):
-        programs = -(-words // (block * per_program))
-        out = torch.empty(programs, dtype=torch.int32, device="cuda")
-
-        def call(buffer, programs=programs, out=out, block=block, warps=warps, per_program=per_program):
-            return lambda: stream_read[(programs,)](
-                buffer, out, words, BLOCK=block, STEPS=per_program, num_warps=warps
-            )
-
-        best = min(best, graph_microseconds([call(buffer) for buffer in buffers], repeats))
-    return best
-
-
-def quantized(spec: AffineSpec, n: int, k: int) -> dict[str, torch.Tensor]:
-    groups = num_groups(spec.group_size, k)
-    codes = torch.randint(0, 2**spec.bits, (n, k), dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(n, groups, device="cuda") + 0.5) / 2**spec.bits
-    zeros = 2 ** (spec.bits - 1) + torch.randn(n, groups, device="cuda")
-    return AFFINE.pack(spec, codes, scales, zeros)
-
-
-def check(spec: AffineSpec, tensors: dict[str, torch.Tensor], x: torch.Tensor, config: LinearConfig) -> None:
-    """Stop when a configuration is wrong: a fast wrong kernel is no figure."""
-    from qcompiler.kernels.triton.linear_affine import linear_affine_triton
-
-    k = x.shape[1]
-    weight = AFFINE.dequantize(spec, tensors, k, torch.float32)
-    wanted = x.double() @ weight.double().T
-    y = linear_affine_triton(*AFFINE.op_call(spec, x, tensors, None, k)[1], config=config)
-    error = float((y.double() - wanted).norm() / wanted.norm())
-    if not error < 4 * torch.finfo(x.dtype).eps:
-        raise SystemExit(f"{config} is wrong by {error:.2e} at {tuple(weight.shape)}, {x.shape[0]} tokens.")
-
-
-def tinygemm(
-    spec: AffineSpec, tensors: dict[str, torch.Tensor], k: int
-) -> Callable[[torch.Tensor], Any] | None:
-    n = tensors["low"].shape[0]
-    if spec.bits != 4 or spec.group_size not in (32, 64, 128, 256) or n % 8 or k % 128:
-        return None
-    codes, scales, zeros = AFFINE.unpack(spec, tensors, k)
-    packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-    scale = scales.float()
-    offset = (8 - zeros.float()) * scale
-    sides = torch.stack((scale, offset), -1).transpose(0, 1).contiguous().to(torch.bfloat16)
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, spec.group_size, sides)
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def check(job: Job) -> tuple[Job, float | str]:
+    """Relative error of one configuration, or why it cannot run; compiles it into the cache on the way."""
     import triton
 
-    from qcompiler.kernels.triton.linear_affine import linear_affine_triton
-    from qcompiler.kernels.tuning.tables import linear_config
+    name, n, k, tokens, config = job
+    case = parse_case(name)
+    if (name, n, k) not in _held:
+        _held.clear()
+        tensors = case.make(n, k, 0)
+        _held[name, n, k] = case.runner(tensors, k), case.dense(tensors, k)
+    run, weight = _held[name, n, k]
+    x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
+    wanted = x.float() @ weight.T
+    try:
+        y = run(x, config)
+    except triton.runtime.errors.OutOfResources as error:
+        return job, str(error)
+    return job, float((y.float() - wanted).norm() / wanted.norm())
 
-    properties = torch.cuda.get_device_properties(0)
-    dtype = getattr(torch, options.dtype)
-    rows: list[dict[str, Any]] = []
-    winners: dict[str, dict[str, Any]] = {}
-    for bits in options.bits:
-        spec = AffineSpec(bits, options.group_size)
-        for shape in options.shapes:
-            n, k = map(int, shape.split("x"))
-            size = AFFINE.nbytes(spec, n, k)
-            weights = [quantized(spec, n, k) for _ in range(max(2, -(-L2_BYTES // size)))]
-            dense = [
-                torch.randn(n, k, dtype=dtype, device="cuda")
-                for _ in range(max(2, -(-L2_BYTES // (2 * n * k))))
-            ]
-            peers = [tinygemm(spec, w, k) for w in weights] if dtype == torch.bfloat16 else []
-            ceiling = read_ceiling(size, options.repeats)
-            for tokens in options.tokens:
-                x = torch.randn(tokens, k, dtype=dtype, device="cuda")
-                bucket = token_bucket(tokens)
-                default = linear_config(
-                    properties.name,
-                    properties.multi_processor_count,
-                    bits,
-                    options.group_size,
-                    n,
-                    k,
-                    bucket,
-                    options.dtype,
-                )
-                timed = {}
-                for config in candidates(tokens) if options.tune else [default]:
-                    try:
-                        check(spec, weights[0], x, config)
-                    except triton.runtime.errors.OutOfResources as error:
-                        print(f"# {config}: {error}", file=sys.stderr)
-                        continue
-                    calls = [AFFINE.op_call(spec, x, w, None, k)[1] for w in weights]
-                    timed[config] = graph_microseconds(
-                        [lambda a=a, c=config: linear_affine_triton(*a, config=c) for a in calls],
-                        options.repeats,
-                    )
-                best = min(timed, key=lambda config: timed[config])
-                winners[table_key(bits, options.group_size, n, k, tokens, options.dtype)] = best.to_json()
-                rows.append(
-                    {
-                        "bits": bits,
-                        "group_size": options.group_size,
-                        "n": n,
-                        "k": k,
-                        "tokens": tokens,
-                        "us": timed[best],
-                        "config": best.to_json(),
-                        "cublas_us": graph_microseconds(
-                            [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense],
-                            options.repeats,
-                        ),
-                        "tinygemm_us": graph_microseconds(
-                            [lambda p=p, x=x: p(x) for p in peers], options.repeats
-                        )
-                        if peers and peers[0] is not None
-                        else None,
-                        "read_ceiling_us": ceiling,
-                    }
-                )
-                print_row(rows[-1])
-            del weights, dense, peers
-    environment = {
-        "gpu": properties.name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-    if options.tune:
-        path = table_path(properties.name)
-        entries = json.loads(path.read_text())["entries"] if path.is_file() else {}
-        table = {
-            "schema": 1,
-            "gpu": properties.name,
-            "measured_with": environment,
-            "entries": dict(sorted({**entries, **winners}.items())),
+
+def check_all(jobs: list[Job]) -> set[Job]:
+    """The jobs that can run; all of those are right.
+
+    Raises:
+        SystemExit: One is wrong: a fast wrong kernel is no figure.
+    """
+    started = time.perf_counter()
+    right = set()
+    workers = min(14, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for job, error in pool.imap_unordered(check, jobs, chunksize=3):
+            if isinstance(error, str):
+                print(f"# {job[4]}: {error}", file=sys.stderr)
+            elif not error < TOLERANCE:
+                raise SystemExit(f"{job} is wrong by {error:.2e}.")
+            else:
+                right.add(job)
+    print(f"# {len(right)} of {len(jobs)} checked in {time.perf_counter() - started:.0f} s", flush=True)
+    return right
+
+
+def time_shape(
+    case: Case, n: int, k: int, jobs: list[Job], options: argparse.Namespace, deadline: float
+) -> list[dict[str, Any]]:
+    """One row per number of tokens."""
+    stored = case.make(n, k, 0)
+    size = sum(t.nbytes for t in stored.values())
+    copies = [stored, *({a: t.clone() for a, t in stored.items()} for _ in range(copies_past_l2(size) - 1))]
+    runs = [case.runner(tensors, k) for tensors in copies]
+    weights = [
+        torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies_past_l2(2 * n * k))
+    ]
+    peers = {}
+    for name in options.peers if case.name == "b4-g64" else ():
+        count = copies_past_l2(n * k // 2)
+        peers[name] = [PEERS[name](n, k) for _ in range(count)]
+    ceiling = read_ceiling(size, options.repeats)
+    rows = []
+    for tokens in options.tokens:
+        mine = [job[4] for job in jobs if job[3] == tokens]
+        if not mine or time.perf_counter() > deadline:
+            continue
+        x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
+        timed = {
+            config: graph_microseconds([lambda r=r, c=config, x=x: r(x, c) for r in runs], options.repeats)
+            for config in mine
         }
-        path.write_text(json.dumps(table, indent=1) + "\n")
-        print(f"# wrote {path.name}", file=sys.stderr)
-    return {"environment": environment, "rows": rows}
+        best = min(timed, key=lambda config: timed[config])
+        dense = graph_microseconds(
+            [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], options.repeats
+        )
+        row = {
+            "case": case.name, "n": n, "k": k, "tokens": tokens, "megabytes": size / 1e6,
+            "us": timed[best], "config": best.to_json() if best else None, "bf16_us": dense,
+            "read_ceiling_us": ceiling, "tried": len(timed),
+        }  # fmt: skip
+        for name, calls in peers.items() if tokens <= 64 else ():
+            try:
+                row[f"{name}_us"] = graph_microseconds(
+                    [lambda c=c, x=x: c(x) for c in calls], options.repeats
+                )
+            except RuntimeError as error:  # a peer that cannot be captured or takes no such shape
+                row[f"{name}_refused"] = str(error).splitlines()[0][:200]
+        rows.append(row)
+        print_row(row)
+    return rows
 
 
 def print_row(row: dict[str, Any]) -> None:
-    config = row["config"]
-    peer = f"{row['tinygemm_us']:9.1f}" if row["tinygemm_us"] is not None else "        -"
+    peers = "  ".join(
+        f"{name.removesuffix('_us')} {value:.1f}"
+        for name, value in row.items()
+        if name.endswith("_us") and name not in ("us", "bf16_us", "read_ceiling_us")
+    )
+    config = " ".join(str(value) for value in (row["config"] or {}).values())
+    speed = f"{row['bf16_us'] / row['us']:5.2f}x bf16  {row['read_ceiling_us'] / row['us']:5.2f} of read"
     print(
-        f"b{row['bits']} g{row['group_size']:<4} {row['n']:>6}x{row['k']:<6} m{row['tokens']:<5} "
-        f"ours {row['us']:8.1f}  bf16 {row['cublas_us']:8.1f}  tinygemm {peer}  "
-        f"read {row['read_ceiling_us']:7.1f} µs  "
-        f"{config['kind']} n{config['block_n']} m{config['block_m']} split{config['split_k']} "
-        f"w{config['num_warps']} s{config['num_stages']}",
+        f"{row['case']:9} {row['n']:>6}x{row['k']:<6} m{row['tokens']:<5} {row['us']:8.1f} µs  "
+        f"{speed}  {peers}  {config}",
         flush=True,
     )
+
+
+def write_table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Add the winners to the GPU's tuning table."""
+    path = table_path(facts["gpu"])
+    entries = json.loads(path.read_text())["entries"] if path.is_file() else {}
+    for row in rows:
+        key = parse_case(row["case"]).key(row["n"], row["k"], row["tokens"])
+        if key is not None and row["config"]:
+            entries[key] = row["config"]
+    measured = {name: facts[name] for name in ("torch", "triton", "cuda")}
+    table = {
+        "schema": 1,
+        "gpu": facts["gpu"],
+        "measured_with": measured,
+        "entries": dict(sorted(entries.items())),
+    }
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"# wrote {path.name}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,10 +182,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks/linear.py needs a CUDA device; there is none here.", file=sys.stderr)
         return 2
-    result = run(options)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    deadline = time.perf_counter() + options.seconds
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    jobs: list[Job] = []
+    for name in options.cases:
+        case = parse_case(name)
+        for n, k in shapes:
+            for tokens in options.tokens:
+                tried = candidates(case, tokens, n, k, thorough=options.thorough) if options.tune else []
+                jobs += [(name, n, k, tokens, config) for config in [*tried, None]]
+    right = check_all(jobs)
+    facts = machine()
+    print(f"# {facts['gpu']}: copy {facts['copy_tb_per_second']:.2f} TB/s, "
+          f"bf16 {facts['bf16_tflop_per_second']:.0f} TFLOP/s", flush=True)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for name in options.cases:
+        for n, k in shapes:
+            mine = [job for job in jobs if job[:3] == (name, n, k) and job in right]
+            rows += time_shape(parse_case(name), n, k, mine, options, deadline)
+            if options.output is not None:
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    if options.tune:
+        write_table(rows, facts)
     return 0
 
 

@@ -140,7 +140,7 @@ def main() -> None:
         "variants": [],
     }  # fmt: skip
     if options.device.startswith("cuda"):
-        from benchmarks.linear import read_ceiling
+        from benchmarks.timing import read_ceiling
 
         result["read_ceiling_us"] = {str(mb): read_ceiling(mb << 20, 50) for mb in (16, 64, 256)}
     for arguments in variants:

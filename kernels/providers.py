@@ -16,8 +16,9 @@ import torch
 import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 from qcompiler.kernels.cpu import linear_affine as cpu
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
+from qcompiler.kernels.formats.affine import AFFINE, AffineSpec, block_width
 from qcompiler.kernels.library import registered_ops
+from qcompiler.kernels.ops.linear_affine_sides import LINEAR_AFFINE_SIDES, pack_sides
 
 Tensors = dict[str, torch.Tensor]
 Attributes = dict[str, Any]
@@ -240,7 +241,38 @@ class GroupedAffineCpuDense(_AffineCpu):
         return kept, {"offsets": attrs["offsets"], "transposed": False}
 
 
-_PROVIDERS: tuple[type[_AffineCpu], ...] = (
+class AffineSides(Provider):
+    """The Triton kernels, scales and zeros prepared as pairs in the activations' dtype."""
+
+    name = "sides"
+    op_name = "linear_affine"
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """`qcompiler::linear_affine_sides`."""
+        return LINEAR_AFFINE_SIDES.overload
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """16-bit activations on a GPU, blocks of codes as wide as a dot."""
+        if self.device.type != "cuda":
+            return "runs on GPUs"
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return f"would round {self.dtype}"
+        width = block_width(attrs["bits"], attrs["group_size"], attrs["in_features"])
+        return None if width >= 16 else f"needs blocks 16 codes wide, not {width}"
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """Codes stay as they are."""
+        kept = {name: tensors[name] for name in ("low", "high", "bias") if tensors.get(name) is not None}
+        shape = (attrs["bits"], attrs["group_size"], attrs["in_features"])
+        kept["sides"] = pack_sides(tensors["scales"], tensors["zeros"], *shape, self.dtype)
+        return kept, dict(attrs)
+
+
+_PROVIDERS: tuple[type[Provider], ...] = (
+    AffineSides,
     AffineCpuInt4,
     AffineCpuInt8,
     AffineCpuDense,

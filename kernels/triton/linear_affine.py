@@ -1,10 +1,13 @@
 """Launches the Triton kernels of `qcompiler::linear_affine`; same result as the reference up to rounding.
 
-Three roads, chosen by `kernels/tuning`: GEMV on the float32 units, fused GEMM
-on tensor cores, or the dense weight and a library matmul. Nothing waits for
-the device and every buffer's size follows from the shapes, so all of it can
-stand in a CUDA graph. Split-K parts are summed by a second kernel in a fixed
-order: results are reproducible bit for bit.
+On 16-bit activations the roads are those of `linear_affine_sides`, whose
+prepared scales are made on the way; a runtime prepares them once instead
+(`kernels/providers.py`). What those cannot take runs here: float32, which
+must not be rounded, and blocks of codes narrower than a dot. A few tokens
+then go to a GEMV on the float32 units, more to the dense weight and a library
+matmul. Nothing waits for the device and every buffer's size follows from the
+shapes, so all of it can stand in a CUDA graph. Split-K parts are summed by a
+second kernel in a fixed order: results are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
-from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
+from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.triton.linear_affine_gemv import (
     dequantize_affine_kernel,
     linear_affine_gemv,
     sum_partials,
 )
+from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
 
-COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
+COMPILED = not isinstance(linear_affine_gemv, InterpretedFunction)
+_MOST_GEMV_TOKENS = 8
 _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 
 
@@ -63,15 +68,19 @@ def linear_affine_triton(
         config = linear_config(
             gpu, sms, bits, group_size, out_features, in_features, token_bucket(tokens), dtype
         )
-    if config.kind == "dense":
+    prepared = x.dtype != torch.float32 and block_width(bits, group_size, in_features) >= 16
+    if prepared and config.kind in ("quads", "gemm", "wide"):
+        sides = pack_sides(scales, zeros, bits, group_size, in_features, x.dtype, check=False)
+        y = linear_affine_sides_triton(rows, low, high, sides, bias, bits, group_size, in_features, config)
+    elif config.kind != "dense" and tokens <= _MOST_GEMV_TOKENS:
+        y = _gemv(rows, low, high, scales, zeros, bias, bits, group_size, config)
+    else:
         weight = dequantize_triton(low, high, scales, zeros, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    else:
-        y = _fused(rows, low, high, scales, zeros, bias, bits, group_size, config)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _fused(
+def _gemv(
     x: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor | None,
@@ -92,18 +101,12 @@ def _fused(
     out = x.new_empty((tokens, out_features))
     target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
     half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
-    gemv = config.kind == "gemv"
-    extra: dict[str, bool]
-    if gemv:
-        pairs = x.dtype != torch.float32 and in_features % 2 == 0 and x.stride(0) % 2 == 0
-        pairs = pairs and x.data_ptr() % 4 == 0
-        grid = (triton.cdiv(out_features, config.block_n), split)
-        extra = {"PAIRS": pairs}
-    else:
-        grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
-        extra = {}
-    kernel = linear_affine_gemv if gemv else linear_affine_gemm
-    kernel[grid](
+    pairs = x.dtype != torch.float32 and in_features % 2 == 0 and x.stride(0) % 2 == 0
+    pairs = pairs and x.data_ptr() % 4 == 0
+    # Only the GEMV's own configurations say how many channels and warps suit it.
+    own = config.kind == "gemv"
+    block_n = config.block_n if own else 16
+    linear_affine_gemv[(triton.cdiv(out_features, block_n), split)](
         x,
         low,
         high if high is not None else low,
@@ -121,16 +124,16 @@ def _fused(
         BITS=bits,
         GROUP=group_size,
         WIDTH=width,
-        BN=config.block_n,
-        BM=config.block_m,
+        BN=block_n,
+        BM=token_bucket(tokens),
         SPLIT=split,
+        PAIRS=pairs,
         EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
         HALF=half,
         COMPILED=COMPILED,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **extra,
+        num_warps=config.num_warps if own else 4,
+        num_stages=config.num_stages if own else 2,
     )
     if split > 1:
         count = tokens * out_features

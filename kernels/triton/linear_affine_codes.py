@@ -61,6 +61,25 @@ def plane_bits(low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constex
 
 
 @triton.jit
+def plane_bits_at(low, high, j, BITS: tl.constexpr, MAGIC: tl.constexpr):
+    """`plane_bits` of a plane whose number is known only when the kernel runs."""
+    LOW: tl.constexpr = 2 if BITS < 4 else (4 if BITS < 8 else 8)
+    pair = ((low >> (LOW * j)) & (((1 << LOW) - 1) * 0x00010001)) | MAGIC
+    if BITS == 3 or BITS == 5 or BITS == 6:
+        HIGH: tl.constexpr = BITS - LOW
+        pair |= ((high >> (HIGH * j)) & (((1 << HIGH) - 1) * 0x00010001)) << LOW
+    return pair
+
+
+@triton.jit
+def bytes_at(word, j):
+    """`quad_bytes` of a plane whose number is known only when the kernel runs."""
+    even = (((word >> (8 * j)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
+    odd = (((word >> (8 * j + 16)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True)
+    return even - 8388736.0, odd - 8388736.0
+
+
+@triton.jit
 def interleave(even, odd):
     """[rows, n] and [rows, n] to [rows, 2n] with the columns taken in turn; free where a thread has both."""
     return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
@@ -127,6 +146,12 @@ def _byte_float(word, byte: tl.constexpr, COMPILED: tl.constexpr):
 
 
 @triton.jit
+def quad_bytes(word, j: tl.constexpr, COMPILED: tl.constexpr):
+    """8-bit codes 2i and 2i+1 of plane j, minus 128, as float32."""
+    return _byte_float(word, j, COMPILED) - 8388736.0, _byte_float(word, j + 2, COMPILED) - 8388736.0
+
+
+@triton.jit
 def dequantize_plane(
     low,
     high,
@@ -172,13 +197,77 @@ def dequantize_plane(
 
 
 @triton.jit
+def side_floats(side, HALF: tl.constexpr):
+    """Scale and offset, the two values of dtype HALF in an int32, as float32."""
+    if HALF == tl.bfloat16:
+        return (side << 16).to(tl.float32, bitcast=True), (side & -65536).to(tl.float32, bitcast=True)
+    else:
+        scale = (side & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+        return scale, (side >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _lower_twice(side, COMPILED: tl.constexpr):
+    """The lower half of an int32 in both halves."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, 0x1010;", "=r,r", [side], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return (side & 0xFFFF) | (side << 16)
+
+
+@triton.jit
+def _upper_twice(side, COMPILED: tl.constexpr):
+    """The upper half of an int32 in both halves."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $1, 0x3232;", "=r,r", [side], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return ((side >> 16) & 0xFFFF) | (side & -65536)
+
+
+@triton.jit
+def weights_of_pairs(pair, side, BITS: tl.constexpr, HALF: tl.constexpr, COMPILED: tl.constexpr):
+    """(code − 2^(BITS−1))·scale + offset as [rows, 2·words] of dtype HALF; float32 in the interpreter.
+
+    `pair` as `plane_bits` gives it with HALF's magic; `side` int32 [rows, 1], scale and offset of dtype HALF.
+    """
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    if COMPILED:
+        # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
+        # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
+        ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
+        BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
+        one = tl.full(pair.shape, ONE, tl.int32)
+        pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
+        scale = tl.broadcast_to(_lower_twice(side, COMPILED), pair.shape)
+        offset = tl.broadcast_to(_upper_twice(side, COMPILED), pair.shape)
+        return _halves(_fma_pair(pair, scale, offset, HALF), HALF)
+    else:
+        POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
+        even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+        odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+        return weights_of_floats(even, odd, side, HALF, COMPILED)
+
+
+@triton.jit
+def weights_of_floats(even, odd, side, HALF: tl.constexpr, COMPILED: tl.constexpr):
+    """`weights_of_pairs` from codes that are float32 and centred already."""
+    scale, offset = side_floats(side, HALF)
+    weight = interleave(even * scale + offset, odd * scale + offset)
+    return weight.to(HALF) if COMPILED else weight
+
+
+@triton.jit
 def plane_floats(low, high, j: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.constexpr):
     """Codes 2i and 2i+1 of plane j as two float32 tensors, each plus 128, or minus 128 for 8 bits.
 
     A bf16 pattern in the upper half of a register is the float32 of the same value.
     """
     if BITS == 8:
-        return _byte_float(low, j, COMPILED) - 8388736.0, _byte_float(low, j + 2, COMPILED) - 8388736.0
+        return quad_bytes(low, j, COMPILED)
     else:
         pair = plane_bits(low, high, j, BITS, 0x43004300, COMPILED)
         even = (pair << 16).to(tl.float32, bitcast=True)

@@ -19,7 +19,7 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-KINDS = ("gemv", "gemm", "dense")
+KINDS = ("gemv", "quads", "gemm", "wide", "dense")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class LinearConfig:
     """How one linear runs.
 
     Args:
-        kind: "gemv" (float32 units), "gemm" (tensor cores, fused) or "dense" (dequantize, library matmul).
+        kind: "gemv" or "quads" (float32 units), "gemm" or "wide" (tensor cores, fused, few or many tokens),
+            or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features.
@@ -87,28 +88,25 @@ def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
 
 
 def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
-    """A sane configuration where nothing was measured.
+    """A sane configuration where nothing was measured, in the pattern of what was measured on an H100.
 
-    Up to 512 tokens run on tensor cores with the weight dequantized in
-    registers (one token too: that loop takes 4 instructions per weight, the
-    GEMV's 5.5, counted in SASS); beyond that the weight would be dequantized
-    too often, so it is written out once. float32 activations never use tensor
-    cores, which would round them: few take the GEMV.
+    One or two tokens run on the float32 units; up to 512 on tensor cores with the weight dequantized in
+    registers, for many of them one plane at a time beside a large tile of tokens; beyond that the weight is
+    written out once. float32 activations never use tensor cores, which would round them.
     """
+    bucket = token_bucket(tokens)
     if dtype == "float32":
         if tokens > 4:
             return LinearConfig("dense")
-        kind = "gemv"
+        kind, block_n, block_m, warps, stages = "gemv", max(16, 64 // bucket), bucket, 4, 2
     elif tokens > 512:
         return LinearConfig("dense")
-    else:
-        kind = "gemm"
-    if kind == "gemv":
-        block_n, block_m, warps, stages = max(16, 64 // token_bucket(tokens)), token_bucket(tokens), 4, 2
+    elif tokens <= 2:
+        kind, block_n, block_m, warps, stages = "quads", 8 if bits > 3 and tokens == 1 else 4, bucket, 2, 1
     elif tokens <= 64:
-        block_n, block_m, warps, stages = 64, max(16, token_bucket(tokens)), 4, 3
+        kind, block_n, block_m, warps, stages = "gemm", 64, max(16, bucket), 4, 3
     else:
-        block_n, block_m, warps, stages = 128, 128, 8, 2
+        kind, block_n, block_m, warps, stages = "wide", 128, 128, 8, 3
     programs = -(-n // block_n) * -(-tokens // block_m)
     # Fill the SMs about twice over, but keep at least 1024 codes of K per program.
     split = max(1, min(2 * sms // programs, k // 1024, 8))

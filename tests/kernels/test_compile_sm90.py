@@ -21,12 +21,13 @@ offline = importlib.util.module_from_spec(_SPEC)
 sys.modules[_SPEC.name] = offline
 _SPEC.loader.exec_module(offline)
 
-POINTERS = {"low": "*i32", "high": "*i16", "scales": "*fp16", "zeros": "*fp16"}
+POINTERS = {"low": "*i32", "high": "*i16", "scales": "*fp16", "zeros": "*fp16", "sides": "*i32"}
 SIZES = {
     "M": "i32",
     "N": "i32:16",
     "K": "i32:16",
     "GROUPS": "i32:16",
+    "side_stride": "i32:16",
     "words": "i32:16",
     "x_stride": "i32:16",
 }
@@ -35,27 +36,37 @@ HALF = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.bfloat16"}
 
 
 def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=1, width_of=4096):
-    types = {**POINTERS, **SIZES, "tiles_per_split": "i32"}
+    """A variant of the fused linears: gemm, wide or quads on prepared scales, gemv on the format's own."""
+    width = block_width(bits, group, width_of)
+    types = {**POINTERS, **SIZES, "tiles_per_split": "i32", "words_per_split": "i32:16"}
     types |= {"x": f"*{dtype}", "bias": f"*{dtype}", "out": f"*{dtype}" if split == 1 else "*fp32"}
+    if kind == "quads":
+        types["x"] = "*i32"
     if bits == 5:
         types["high"] = "*u8"
     constants = {
         "BITS": bits,
         "GROUP": group,
-        "WIDTH": block_width(bits, group, width_of),
+        "WIDTH": width,
         "BN": block_n,
         "BM": block_m,
         "SPLIT": split,
-        "EVEN_K": width_of % 256 == 0,
         "HAS_BIAS": True,
         "HALF": HALF[dtype],
         "COMPILED": True,
     }
-    if kind == "gemv":
-        constants["PAIRS"] = dtype != "fp32"
-    return offline.Variant(
-        f"qcompiler.kernels.triton.linear_affine_{kind}:linear_affine_{kind}", types, constants, warps, stages
-    )
+    if kind == "quads":
+        constants |= {"SIDES": max(1, PLANES[bits] * width // group), "BW": 128 * warps, "STAGES": stages}
+        constants["EVEN"] = width_of % 4096 == 0
+        kernel = "linear_affine_quads:linear_affine_quads"
+    elif kind == "gemv":
+        constants |= {"PAIRS": dtype != "fp32", "EVEN_K": width_of % 256 == 0}
+        kernel = "linear_affine_gemv:linear_affine_gemv"
+    else:
+        constants |= {"WIDE": kind == "wide", "EVEN_K": width_of % 256 == 0}
+        kernel = "linear_affine_gemm:linear_affine_gemm"
+    kept = {name: type_ for name, type_ in types.items() if name not in constants}
+    return offline.Variant(f"qcompiler.kernels.triton.{kernel}", kept, constants, warps, stages)
 
 
 def grouped(bits, group, dtype, tokens, width_of=4096):
@@ -91,18 +102,23 @@ def gathered(bits, group, dtype, width_of=4096):
 
 
 def per_weight(variant, report):
-    weights = variant.constants["BN"] * variant.constants["WIDTH"] * PLANES[variant.constants["BITS"]]
+    constants = variant.constants
+    planes = 1 if constants.get("WIDE") else PLANES[constants["BITS"]]
+    weights = constants["BN"] * planes * (2 * constants["BW"] if "BW" in constants else constants["WIDTH"])
     return sum(report.loop.values()) * 32 * variant.num_warps / weights
 
 
 # Instructions per weight of the inner loop as counted with triton 3.6, and a tenth more.
 LIMITS = {
-    "gemm 4 bit bf16": (linear("gemm", 4, 64, "bf16", 64, 16), 4.5),
-    "gemm 4 bit bf16, two row tiles": (linear("gemm", 4, 64, "bf16", 128, 16), 3.5),
-    "gemm 4 bit fp16": (linear("gemm", 4, 64, "fp16", 64, 16), 4.5),
-    "gemm 4 bit bf16, 64 tokens": (linear("gemm", 4, 128, "bf16", 64, 64), 4.8),
-    "gemm 4 bit bf16, prefill": (linear("gemm", 4, 64, "bf16", 128, 128, 8, 2), 4.4),
-    "gemv 4 bit bf16": (linear("gemv", 4, 64, "bf16", 64, 1, 4, 2), 6.2),
+    "gemm 4 bit bf16": (linear("gemm", 4, 64, "bf16", 64, 16), 4.1),
+    "gemm 4 bit bf16, two row tiles": (linear("gemm", 4, 64, "bf16", 128, 16), 3.4),
+    "gemm 4 bit fp16": (linear("gemm", 4, 64, "fp16", 64, 16), 4.1),
+    "gemm 4 bit bf16, 64 tokens": (linear("gemm", 4, 128, "bf16", 64, 64), 4.6),
+    "quads 4 bit bf16": (linear("quads", 4, 64, "bf16", 8, 1, 2, 1), 4.1),
+    "quads 2 bit bf16": (linear("quads", 2, 64, "bf16", 4, 1, 2, 1), 4.3),
+    "quads 3 bit bf16": (linear("quads", 3, 64, "bf16", 4, 1, 2, 1), 5.7),
+    "quads 8 bit bf16": (linear("quads", 8, 64, "bf16", 8, 1, 2, 1), 5.2),
+    "gemv 4 bit fp32": (linear("gemv", 4, 64, "fp32", 64, 1, 4, 2), 7.0),
 }
 OTHERS = {
     **{f"gemm {bits} bit": linear("gemm", bits, 64, "bf16", 64, 16) for bits in (2, 3, 5, 6, 8)},
@@ -111,12 +127,16 @@ OTHERS = {
     "gemm small groups": linear("gemm", 4, 16, "bf16", 64, 16),
     "gemm per channel": linear("gemm", 4, 0, "fp16", 64, 16),
     "gemm ragged": linear("gemm", 4, 64, "bf16", 64, 16, width_of=1000),
-    **{
-        f"gemm {bits} bit, blocks narrower than a dot": linear("gemm", bits, 32, dtype, 64, 16, width_of=77)
-        for bits, dtype in ((3, "bf16"), (4, "bf16"), (8, "bf16"), (8, "fp16"))
-    },
     "experts, blocks narrower than a dot": grouped(3, 32, "bf16", 8, width_of=77),
-    **{f"gemv {bits} bit": linear("gemv", bits, 64, "bf16", 64, 1, 4, 2) for bits in (2, 3, 5, 6, 8)},
+    "wide 4 bit": linear("wide", 4, 64, "bf16", 128, 128, 8, 3),
+    "wide 4 bit, many tokens": linear("wide", 4, 64, "bf16", 128, 256, 8, 3),
+    **{f"wide {bits} bit": linear("wide", bits, 64, "bf16", 128, 128, 8, 3) for bits in (2, 3, 5, 6, 8)},
+    "quads, two tokens": linear("quads", 4, 64, "bf16", 4, 2, 2, 1),
+    "quads ragged": linear("quads", 4, 64, "fp16", 8, 1, 2, 1, width_of=1000),
+    "quads small groups": linear("quads", 2, 16, "bf16", 4, 1, 2, 1),
+    "quads long groups": linear("quads", 8, 256, "bf16", 8, 1, 2, 1),
+    **{f"quads {bits} bit": linear("quads", bits, 64, "bf16", 8, 1, 2, 1) for bits in (5, 6)},
+    **{f"gemv {bits} bit": linear("gemv", bits, 64, "bf16", 16, 1, 4, 2) for bits in (2, 3, 5, 6, 8)},
     "gemv fp32": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2),
     "gemv fp32 ragged": linear("gemv", 4, 64, "fp32", 16, 4, 4, 2, width_of=1000),
     **{f"experts {bits} bit": grouped(bits, 64, "bf16", 8) for bits in (2, 3, 4, 5, 6, 8)},
@@ -130,6 +150,11 @@ OTHERS = {
         "qcompiler.kernels.triton.linear_affine_gemv:dequantize_affine_kernel",
         {**POINTERS, **SIZES, "out": "*bf16"},
         {"BITS": 4, "GROUP": 64, "WIDTH": 64, "BN": 32, "COMPILED": True},
+    ),
+    "dequantize prepared": offline.Variant(
+        "qcompiler.kernels.triton.linear_affine_dense:dequantize_sides_kernel",
+        {**POINTERS, **SIZES, "out": "*bf16"},
+        {"BITS": 4, "GROUP": 64, "WIDTH": 64, "BN": 32, "HALF": "tl.bfloat16", "COMPILED": True},
     ),
     "sum of parts": offline.Variant(
         "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",

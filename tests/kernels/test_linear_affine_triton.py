@@ -28,7 +28,7 @@ ON_GPU = [
 pytestmark = pytest.mark.parametrize("mode", ON_GPU)
 
 GEMV = LinearConfig("gemv", 16, 4, 2, 4, 2)
-GEMM = LinearConfig("gemm", 32, 16, 2, 4, 2)
+GEMM = LinearConfig("gemm", 64, 16, 2, 4, 2)
 DENSE = LinearConfig("dense")
 
 

@@ -1,0 +1,176 @@
+"""The quantized linears that `benchmarks/linear.py` times: random weights, and configurations to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qcompiler.kernels.formats import AFFINE, AffineSpec, get_format
+from qcompiler.kernels.formats.additive import AdditiveSpec
+from qcompiler.kernels.formats.affine import num_groups
+from qcompiler.kernels.formats.int8_channel import Int8ChannelSpec
+from qcompiler.kernels.formats.lut4 import Lut4Spec
+from qcompiler.kernels.ops.linear_affine_sides import pack_sides
+from qcompiler.kernels.tuning.tables import LinearConfig, table_key, token_bucket
+
+Run = Callable[[torch.Tensor, LinearConfig | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A format with its settings: `name` as on the command line, `spec` as the format takes it."""
+
+    name: str
+    spec: Any
+
+    def make(self, n: int, k: int, seed: int) -> dict[str, torch.Tensor]:
+        """Random stored tensors of a weight [n, k] on the GPU."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        if isinstance(self.spec, AffineSpec):
+            groups = num_groups(self.spec.group_size, k)
+            codes = torch.randint(
+                0, 2**self.spec.bits, (n, k), dtype=torch.uint8, device="cuda", generator=generator
+            )
+            scales = (torch.rand(n, groups, device="cuda", generator=generator) + 0.5) / 2**self.spec.bits
+            zeros = 2 ** (self.spec.bits - 1) + torch.randn(n, groups, device="cuda", generator=generator)
+            return AFFINE.pack(self.spec, codes, scales, zeros)
+        if isinstance(self.spec, AdditiveSpec):
+            shape = (n, k // self.spec.group_size, self.spec.codebooks)
+            codes = torch.randint(0, self.spec.codewords, shape, device="cuda", generator=generator)
+            books = torch.randn(
+                self.spec.codebooks, self.spec.codewords, self.spec.group_size, device="cuda",
+                generator=generator,
+            )  # fmt: skip
+            return get_format("additive").pack(self.spec, codes, books, torch.rand(n, device="cuda") + 0.5)
+        weight = torch.randn(n, k, device="cuda", generator=generator)
+        if isinstance(self.spec, Lut4Spec):
+            from qcompiler.methods.bnb import quantize_lut4
+
+            return quantize_lut4(weight, self.spec)
+        from qcompiler.methods.bnb import quantize_rows_absmax
+
+        codes, absmax = quantize_rows_absmax(weight)
+        return get_format("int8_channel").pack(self.spec, codes, absmax / 127)
+
+    def dense(self, tensors: dict[str, torch.Tensor], k: int) -> torch.Tensor:
+        """The weight in float32."""
+        return get_format(self.spec.name).dequantize(self.spec, tensors, k, torch.float32)
+
+    def key(self, n: int, k: int, tokens: int) -> str | None:
+        """Key of the tuning table's entry; None where the launcher has no configurations."""
+        if isinstance(self.spec, AffineSpec):
+            return table_key(self.spec.bits, self.spec.group_size, n, k, tokens, "bfloat16")
+        if isinstance(self.spec, AdditiveSpec):
+            return None
+        if isinstance(self.spec, Lut4Spec):
+            start = f"linear_lut4/{self.spec.quant_type}-b{self.spec.block_size}"
+        else:
+            start = f"linear_{'int8' if self.spec.outlier_threshold is None else 'llm_int8'}/int8_channel"
+        return f"{start}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
+
+    def runner(self, tensors: dict[str, torch.Tensor], k: int) -> Run:
+        """A function of x and a configuration: None for the one that the launcher chooses."""
+        if isinstance(self.spec, AffineSpec):
+            from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+
+            bits, group = self.spec.bits, self.spec.group_size
+            sides = pack_sides(tensors["scales"], tensors["zeros"], bits, group, k, torch.bfloat16)
+            low, high = tensors["low"], tensors.get("high")
+            return lambda x, config: linear_affine_sides_triton(
+                x, low, high, sides, None, bits, group, k, config
+            )
+        _, (_, *rest) = get_format(self.spec.name).op_call(self.spec, None, tensors, None, k)
+        if isinstance(self.spec, AdditiveSpec):
+            from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+            return lambda x, config: linear_additive_triton(x, *rest)
+        if isinstance(self.spec, Lut4Spec):
+            from qcompiler.kernels.triton.linear_lut4 import linear_lut4_triton
+
+            return lambda x, config: linear_lut4_triton(x, *rest, config=config)
+        if self.spec.outlier_threshold is None:
+            from qcompiler.kernels.triton.linear_int8 import linear_int8_triton
+
+            return lambda x, config: linear_int8_triton(x, *rest, config=config)
+        from qcompiler.kernels.triton.linear_llm_int8 import linear_llm_int8_triton
+
+        return lambda x, config: linear_llm_int8_triton(x, *rest, config=config)
+
+
+def parse_case(name: str) -> Case:
+    """A case by its name: b4-g64, nf4, fp4, eetq, llm-int8, aqlm-2x8 and the like."""
+    if name in ("nf4", "fp4"):
+        return Case(name, Lut4Spec(name, 64, True))
+    if name == "eetq":
+        return Case(name, Int8ChannelSpec(None))
+    if name == "llm-int8":
+        return Case(name, Int8ChannelSpec(6.0))
+    if name.startswith("aqlm-"):
+        return Case(name, AdditiveSpec.parse(name.removeprefix("aqlm-")))
+    bits, group = name.removeprefix("b").split("-g")
+    return Case(name, AffineSpec(int(bits), int(group)))
+
+
+def candidates(case: Case, tokens: int, n: int, k: int, *, thorough: bool) -> list[LinearConfig]:
+    """Configurations worth timing; few of them unless `thorough`."""
+    if isinstance(case.spec, AdditiveSpec):
+        return []
+    if isinstance(case.spec, AffineSpec):
+        return list(_affine(case.spec.bits, tokens, n, k, thorough))
+    return list(_others(case, tokens, n, thorough))
+
+
+def _splits(n: int, block_n: int, k: int, most: int) -> list[int]:
+    """Divisions of K that leave a few programs per multiprocessor."""
+    return [s for s in (1, 2, 4, 8) if s <= most and k // s >= 1024 and (s == 1 or n // block_n * s <= 2048)]
+
+
+def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool):
+    bucket = token_bucket(tokens)
+    if tokens <= 2:
+        rows = (4, 8) if bits > 3 and tokens == 1 else (4,)
+        for block_n in rows:
+            for warps in (1, 2, 4):
+                for split in _splits(n, block_n, k, 2):
+                    yield LinearConfig("quads", block_n, bucket, split, warps, 1)
+    if 1 < tokens <= 64:
+        block_m = max(16, bucket)
+        for block_n, warps in ((64, 4), (128, 4), (128, 8), *(((32, 2), (16, 1)) if thorough else ())):
+            for split in _splits(n, block_n, k, 4):
+                for stages in (2, 3, 4) if thorough else (2, 3):
+                    yield LinearConfig("gemm", block_n, block_m, split, warps, stages)
+    if tokens > 16:
+        for block_n, block_m, warps in (
+            (64, min(bucket, 64), 4), (128, min(bucket, 64), 4), (128, min(bucket, 128), 8),
+            *(((128, min(bucket, 128), 4), (64, min(bucket, 128), 4)) if thorough else ()),
+            *(((128, 256, 8), (64, 256, 4)) if tokens >= 256 else ()),
+        ):  # fmt: skip
+            if block_m > bucket:
+                continue
+            for split in _splits(n * -(-tokens // block_m), block_n, k, 4):
+                for stages in (3, 4):
+                    yield LinearConfig("wide", block_n, block_m, split, warps, stages)
+    if tokens >= 128:
+        yield LinearConfig("dense")
+
+
+def _others(case: Case, tokens: int, n: int, thorough: bool):
+    if tokens <= 4:
+        for block_n in (8, 16, 32):
+            for warps in (2, 4, 8):
+                for split in (1, 2, 4):
+                    if split == 1 or n // block_n * split <= 2048:
+                        yield LinearConfig("gemv", block_n, 1, split, warps, 3)
+    else:
+        block_m = min(128, max(16, token_bucket(tokens)))
+        for block_n, warps in ((64, 4), (128, 4), (128, 8)):
+            for stages in (2, 3, 4):
+                for split in (1, 2, 4) if tokens <= 64 and case.name != "llm-int8" else (1,):
+                    yield LinearConfig("gemm", block_n, block_m, split, warps, stages)
+        if tokens >= 256 and case.name == "llm-int8":
+            yield LinearConfig("gemm", 128, 256, 1, 8, 3)
+        if tokens >= 128 and case.name != "llm-int8":
+            yield LinearConfig("dense")

@@ -1,0 +1,86 @@
+"""Times GPU work as it runs in practice, and the ceilings it is held against, in the same process.
+
+Every timing is the median over replays of a CUDA graph in which the weights
+rotate past the L2 cache. The read ceiling of a size is the fastest of several
+plain streaming reads of as many bytes, one launch each.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+L2_BYTES = 160 << 20  # rotate over more than two and a half times the largest L2 at hand
+
+
+def graph_microseconds(calls: list[Callable[[], Any]], repeats: int = 10) -> float:
+    """Median time of one call in µs; all calls (one per rotated copy) stand in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
+    return statistics.median(times[3:])
+
+
+def copies_past_l2(nbytes: int) -> int:
+    """How many copies of a weight make a rotation that no cache holds."""
+    return max(2, -(-L2_BYTES // nbytes))
+
+
+def read_ceiling(count: int, repeats: int = 10) -> float:
+    """Fastest of several streaming reads of `count` bytes, µs."""
+    from benchmarks.stream_read import stream_read
+
+    words = -(-count // 4)
+    buffers = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(copies_past_l2(4 * words))]
+    best = float("inf")
+    for block, warps, steps in ((1024, 4, 1), (2048, 4, 2), (4096, 8, 1), (4096, 8, 4), (2048, 4, 8)):
+        programs = -(-words // (block * steps))
+        out = torch.empty(programs, dtype=torch.int32, device="cuda")
+        calls = [
+            lambda buffer=buffer, grid=(programs,), out=out, block=block, steps=steps, warps=warps: (
+                stream_read[grid](buffer, out, words, BLOCK=block, STEPS=steps, num_warps=warps)
+            )
+            for buffer in buffers
+        ]
+        best = min(best, graph_microseconds(calls, repeats))
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on, its copy bandwidth and its matrix rate, measured now."""
+    import triton
+
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = graph_microseconds([lambda: target.copy_(source)])
+    left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    product = graph_microseconds([lambda: left @ right])
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "copy_tb_per_second": 2 * source.nbytes / copy / 1e6,
+        "bf16_tflop_per_second": 2 * 8192**3 / product / 1e6,
+    }

@@ -1,0 +1,263 @@
+"""Launches the Triton kernels of `qcompiler::linear_affine_sides`; the reference's result up to rounding.
+
+Four roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to
+four tokens, "gemm" on tensor cores for a few, "wide" for many, or the "dense"
+weight and a library matmul. Nothing waits for the device and every buffer's
+size follows from the shapes, so all of it can stand in a CUDA graph. Split-K
+parts are summed by a second kernel in a fixed order: results are reproducible
+bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from qcompiler.kernels.formats.affine import block_width
+from qcompiler.kernels.ops.linear_affine_sides import (
+    PLANES,
+    check_linear_affine_sides,
+    sides_per_block,
+)
+from qcompiler.kernels.triton.linear_affine_dense import dequantize_sides_kernel
+from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
+from qcompiler.kernels.triton.linear_affine_gemv import sum_partials
+from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
+from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
+
+COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
+_SUM_BLOCK = 512
+_MOST_QUAD_TOKENS = 4
+
+
+def linear_affine_sides_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """`linear_affine_sides` (see `ops/`) by Triton; `config` overrides the table's choice."""
+    check_linear_affine_sides(x, low, high, sides, bits, group_size, in_features)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors say.
+        with torch.cuda.device(x.device):
+            return linear_affine_sides_triton(
+                x, low, high, sides, bias, bits, group_size, in_features, config
+            )
+    out_features = low.shape[0]
+    rows = x.reshape(-1, in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    tokens = rows.shape[0]
+    if tokens == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if config is None:
+        config = _configured(rows, bits, group_size, out_features)
+    width = block_width(bits, group_size, in_features)
+    kind = config.kind
+    if kind == "quads" and not _in_quads(rows, width):
+        kind = "gemm"
+        config = LinearConfig("gemm", 64, 16, config.split_k)
+    if kind == "dense":
+        weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    elif kind == "quads":
+        y = _quads(rows, low, high, sides, bias, bits, group_size, width, config)
+    else:
+        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, wide=kind == "wide")
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
+    gpu, sms = _device(x.device)
+    dtype = str(x.dtype).removeprefix("torch.")
+    bucket = token_bucket(x.shape[0])
+    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype)
+
+
+def _in_quads(x: torch.Tensor, width: int) -> bool:
+    """Whether x can be read as pairs of 16-bit values, and words by fours within a block."""
+    tokens, in_features = x.shape
+    aligned = in_features % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
+    return aligned and width >= 8 and tokens <= _MOST_QUAD_TOKENS
+
+
+def _target(x: torch.Tensor, out_features: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and where the kernel writes: the result itself or the partial sums of a split K."""
+    out = x.new_empty((x.shape[0], out_features))
+    if split == 1:
+        return out, out
+    return out, x.new_empty((split, *out.shape), dtype=torch.float32)
+
+
+def _sum(target: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if target is not out:
+        count = out.numel()
+        sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
+            target,
+            bias if bias is not None else target,
+            out,
+            count,
+            out.shape[1],
+            SPLIT=target.shape[0],
+            HAS_BIAS=bias is not None,
+            BLOCK=_SUM_BLOCK,
+        )
+    return out
+
+
+def _quads(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    config: LinearConfig,
+) -> torch.Tensor:
+    tokens, in_features = x.shape
+    out_features, words = low.shape
+    block_w = 128 * config.num_warps
+    words_per_split = triton.cdiv(triton.cdiv(words, config.split_k), block_w) * block_w
+    split = triton.cdiv(words, words_per_split)
+    out, target = _target(x, out_features, split)
+    pairs = x.view(torch.int32)
+    linear_affine_quads[(triton.cdiv(out_features, config.block_n), split)](
+        pairs,
+        low,
+        high if high is not None else low,
+        sides,
+        bias if bias is not None else x,
+        target,
+        tokens,
+        out_features,
+        in_features,
+        sides.shape[1],
+        words,
+        pairs.stride(0),
+        words_per_split,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        SIDES=sides_per_block(bits, group_size, in_features),
+        BN=config.block_n,
+        BM=token_bucket(tokens),
+        BW=block_w,
+        SPLIT=split,
+        EVEN=words % words_per_split == 0 and in_features % (PLANES[bits] * width) == 0,
+        HAS_BIAS=bias is not None and split == 1,
+        HALF=_half(x.dtype),
+        STAGES=config.num_stages,
+        COMPILED=COMPILED,
+        num_warps=config.num_warps,
+    )
+    return _sum(target, out, bias)
+
+
+def _gemm(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    config: LinearConfig,
+    *,
+    wide: bool,
+) -> torch.Tensor:
+    tokens, in_features = x.shape
+    out_features, words = low.shape
+    tile = PLANES[bits] * width
+    tiles = triton.cdiv(in_features, tile)
+    tiles_per_split = triton.cdiv(tiles, config.split_k)
+    split = triton.cdiv(tiles, tiles_per_split)
+    out, target = _target(x, out_features, split)
+    grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+    linear_affine_gemm[grid](
+        x,
+        low,
+        high if high is not None else low,
+        sides,
+        bias if bias is not None else x,
+        target,
+        tokens,
+        out_features,
+        in_features,
+        sides.shape[1],
+        words,
+        x.stride(0),
+        tiles_per_split,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        WIDE=wide,
+        BN=config.block_n,
+        BM=config.block_m,
+        SPLIT=split,
+        EVEN_K=in_features % tile == 0,
+        HAS_BIAS=bias is not None and split == 1,
+        HALF=_half(x.dtype),
+        COMPILED=COMPILED,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return _sum(target, out, bias)
+
+
+def _dense(
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The dense weight [out_features, in_features] in `dtype`."""
+    out_features, words = low.shape
+    width = block_width(bits, group_size, in_features)
+    weight = torch.empty((out_features, in_features), dtype=dtype, device=low.device)
+    tile = PLANES[bits] * width
+    dequantize_sides_kernel[(triton.cdiv(in_features, tile), triton.cdiv(out_features, 32))](
+        low,
+        high if high is not None else low,
+        sides,
+        weight,
+        out_features,
+        in_features,
+        sides.shape[1],
+        words,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        BN=32,
+        HALF=_half(dtype),
+        COMPILED=COMPILED,
+        num_warps=4,
+    )
+    return weight
+
+
+def _half(dtype: torch.dtype) -> tl.dtype:
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
+@lru_cache(maxsize=16)
+def _device(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return "", 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
