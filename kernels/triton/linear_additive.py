@@ -1,7 +1,8 @@
 """Triton kernels of `qcompiler::linear_additive` and their launcher; format in `formats/additive.py`.
 
-- few tokens: `linear_additive_lookup` sums codewords and multiplies on the float32 units; a codeword is one
-  16-byte load (group size 8) from a table that stays in the caches, so the codes are all that streams;
+- few tokens, one set of small codebooks: `linear_additive_tables` (its own file);
+- few tokens otherwise: `linear_additive_lookup` sums codewords and multiplies on the float32 units; a
+  codeword is one 16-byte load (group size 8) from a table that stays in the caches;
 - many tokens: `linear_additive_gemm` dequantizes a tile and uses the tensor cores, the weight on the left so
   that it can come from registers.
 
@@ -17,8 +18,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
+from qcompiler.kernels.triton.linear_additive_tables import additive_sums_kernel, additive_tables_kernel
 
 _MAX_LOOKUP_TOKENS = 4
+_MAX_TABLE_TOKENS = 16
+_TABLE_COLUMNS = 32  # one for each lane of a warp and each bank of shared memory
 # Programs wanted on the device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 528
 
@@ -218,6 +222,9 @@ def linear_additive_triton(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     groups = num_groups(group_size, in_features)
+    if bits == 8 and sets == 1 and tokens <= _MAX_TABLE_TOKENS:
+        y = _by_tables(flat, codes, codebooks, scales, bias)
+        return y.view(*x.shape[:-1], out_features)
     lookup = tokens <= _MAX_LOOKUP_TOKENS
     block_m = triton.next_power_of_2(tokens) if lookup else min(64, max(16, triton.next_power_of_2(tokens)))
     block_n = 16 // block_m if lookup else 64
@@ -258,16 +265,80 @@ def linear_additive_triton(
             num_warps=4,
             **({} if lookup else {"COMPILED": COMPILED, "num_stages": 3}),
         )
-        if split > 1:
-            total = tokens * out_features
-            sum_parts[(triton.cdiv(total, 512),)](
-                target,
-                bias if bias is not None else scales,
-                out,
-                total,
-                out_features,
-                SPLIT=split,
-                HAS_BIAS=bias is not None,
-                BLOCK=512,
-            )
+        _sum(target, out, bias)
     return out.view(*x.shape[:-1], out_features)
+
+
+def _by_tables(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    tokens, in_features = x.shape
+    out_features, columns = codes.shape
+    _, count, codewords, group_size = codebooks.shape
+    block_m = min(4, triton.next_power_of_2(tokens))
+    block_n, warps = {1: (512, 16), 2: (256, 8), 4: (128, 8)}[block_m]
+    tiles = triton.cdiv(columns, _TABLE_COLUMNS)
+    chunks = triton.cdiv(tokens, block_m)
+    programs = triton.cdiv(out_features, block_n) * chunks
+    per_split = triton.cdiv(tiles, max(1, min(tiles, 32, _PROGRAMS // programs)))
+    split = triton.cdiv(tiles, per_split)
+    tables = x.new_empty((tokens, tiles, codewords, _TABLE_COLUMNS), dtype=torch.float32)
+    out = x.new_empty((tokens, out_features))
+    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    with torch.cuda.device(x.device) if x.is_cuda else torch.device(x.device):
+        additive_tables_kernel[(tiles, codewords // 32, tokens)](
+            x,
+            codebooks,
+            tables,
+            in_features,
+            columns,
+            tiles,
+            x.stride(0),
+            COUNT=count,
+            D=group_size,
+            CODES=codewords,
+            BC=32,
+            BJ=_TABLE_COLUMNS,
+            num_warps=4,
+        )
+        additive_sums_kernel[(triton.cdiv(out_features, block_n), split, chunks)](
+            tables,
+            codes,
+            scales,
+            bias if bias is not None else scales,
+            target,
+            tokens,
+            out_features,
+            columns,
+            tiles,
+            per_split,
+            0,
+            CODES=codewords,
+            BN=block_n,
+            BM=block_m,
+            BJ=_TABLE_COLUMNS,
+            SPLIT=split,
+            HAS_BIAS=bias is not None and split == 1,
+            num_warps=warps,
+        )
+        return _sum(target, out, bias)
+
+
+def _sum(target: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The sum of the parts of a split K; `target` is `out` where nothing was split."""
+    if target is not out:
+        sum_parts[(triton.cdiv(out.numel(), 512),)](
+            target,
+            bias if bias is not None else target,
+            out,
+            out.numel(),
+            out.shape[1],
+            SPLIT=target.shape[0],
+            HAS_BIAS=bias is not None,
+            BLOCK=512,
+        )
+    return out

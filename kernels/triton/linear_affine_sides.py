@@ -67,6 +67,8 @@ def linear_affine_sides_triton(
     if kind == "quads" and not _in_quads(rows, width):
         kind = "gemm"
         config = LinearConfig("gemm", 64, 16, config.split_k)
+    if kind in ("gemm", "wide") and width < 16:
+        kind = "dense"  # narrower than a dot
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))

@@ -30,6 +30,9 @@ GEMM = LinearConfig("gemm", 64, 16, 1, 4, 2)
 WIDE = LinearConfig("wide", 64, 16, 1, 4, 2)
 DENSE = LinearConfig("dense")
 ROADS = pytest.mark.parametrize("config", [QUADS, GEMM, WIDE, DENSE], ids=lambda config: config.kind)
+# The interpreter is slow: it sees fewer shapes.
+GROUP_SIZES = [0, 16, 32, 64, 128, 256] if DEVICE.type == "cuda" else [0, 16, 128]
+RAGGED = [(2, 1000), (4, 1100), (3, 512), (8, 330)] if DEVICE.type == "cuda" else [(4, 500), (3, 320)]
 # bfloat16 arithmetic is wrong in the interpreter of triton 3.6.
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
 
@@ -53,8 +56,8 @@ def test_every_bit_width_and_dtype(mode, bits, config, dtype):
 
 
 @on_modes
-@pytest.mark.parametrize("group_size", [0, 16, 32, 64, 128, 256])
-@pytest.mark.parametrize(("bits", "k"), [(2, 1000), (4, 1100), (3, 512), (8, 330)])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("bits", "k"), RAGGED)
 @ROADS
 def test_every_group_size_on_ragged_widths(mode, bits, group_size, k, config):
     arguments, wanted, size = prepared(bits, group_size, 19, k, 2, torch.float16)
@@ -73,7 +76,7 @@ def test_split_k_gives_the_same_sum_every_time(mode, config, split):
 
 
 @on_modes
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 40, 70, 600])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 70, 600])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_chosen_road_for_any_number_of_tokens(mode, tokens, bias):
     arguments, wanted, size = prepared(4, 64, 70, 256, tokens, DTYPES[-1], bias=bias)
@@ -99,7 +102,8 @@ def test_outputs_are_written_everywhere(mode, config, monkeypatch):
 
     def nan_filled(self, *shape, **options):
         made = new_empty(self, *shape, **options)
-        filled.append(made.fill_(float("nan")).shape)
+        if made.is_floating_point() and made.numel():
+            filled.append(made.fill_(float("nan")).shape)
         return made
 
     monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
