@@ -11,6 +11,9 @@ import torch
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph
 
+# What the names of a graph's page inputs begin with; scales belong to a quantized cache.
+PAGE_INPUTS = ("k_pages_", "v_pages_", "k_scales_", "v_scales_")
+
 
 @dataclass(frozen=True)
 class PageSpec:
@@ -37,13 +40,13 @@ def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
     """
     specs, sizes = [], set()
     for declared in graph.inputs:
-        if not declared.name.startswith(("k_pages_", "v_pages_")):
+        if not declared.name.startswith(PAGE_INPUTS):
             continue
         shape = declared.shape
-        if len(shape) != 4 or not all(isinstance(s, int) for s in shape[2:]):
-            raise ArtifactError(
-                f"graph.json: input {declared.name!r} is not [pages, page_size, heads, head_dim]"
-            )
+        scales = "_scales_" in declared.name
+        if len(shape) not in ((3, 4) if scales else (4,)) or not all(isinstance(s, int) for s in shape[2:]):
+            wanted = "heads] or [pages, page_size, heads, 2" if scales else "heads, head_dim"
+            raise ArtifactError(f"graph.json: input {declared.name!r} is not [pages, page_size, {wanted}]")
         specs.append(PageSpec(declared.name, tuple(int(s) for s in shape[2:]), DTYPE_BY_NAME[declared.dtype]))
         if isinstance(shape[1], int):
             sizes.add(shape[1])
@@ -55,7 +58,11 @@ def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
 def allocate_pages(
     specs: list[PageSpec], num_pages: int, page_size: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Zeroed page tensors by input name; on the CPU memory is taken only as pages are first written."""
+    """Zeroed page tensors [pages, page_size, *row] by input name.
+
+    On the CPU memory is taken only as pages are first written. On a GPU a page holds one head after the
+    other, so that the keys which a program reads are neighbours: a view of [pages, heads, page_size, …].
+    """
     pages = {}
     for spec in specs:
         shape = (num_pages, page_size, *spec.row)
@@ -64,7 +71,9 @@ def allocate_pages(
             raw = np.zeros(num_pages * page_size * spec.token_bytes, dtype=np.uint8)
             pages[spec.name] = torch.from_numpy(raw).view(spec.dtype).view(shape)
         else:
-            pages[spec.name] = torch.zeros(shape, dtype=spec.dtype, device=device)
+            heads, *rest = spec.row
+            by_head = torch.zeros((num_pages, heads, page_size, *rest), dtype=spec.dtype, device=device)
+            pages[spec.name] = by_head.transpose(1, 2)
     return pages
 
 
