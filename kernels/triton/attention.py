@@ -38,8 +38,6 @@ def prefill_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
     block_m = min(max(next_power_of_2(rows), MIN_DOT), 128)
     if itemsize == 4:  # true fp32 products run on the plain ALUs and spill early
         return Tile(min(block_m, 32), 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
-    if head_dim <= 64:
-        return Tile(block_m, 64, 4, 3)
     if head_dim <= 128:
         return Tile(block_m, 64, 8 if block_m == 128 else 4, 3)
     if head_dim <= 256:

@@ -17,7 +17,7 @@ from triton.language.extra import cuda
 
 from qcompiler.kernels.triton.attention_decode import split_bounds
 from qcompiler.kernels.triton.attention_tiles import LOG2E, softmax_step, tile_pages, tile_rows
-from qcompiler.kernels.triton.kv_codes import low_of, plane, scale_of
+from qcompiler.kernels.triton.kv_codes import load_scales, load_words, low_of, plane, raw_offset, scale_of
 
 
 @triton.jit
@@ -32,6 +32,106 @@ def _store_plane(pointers, acc, low, summed, j: tl.constexpr, e, live, W: tl.con
     mask = live[:, None] & (e[None, :] < W) & (j * W + e[None, :] < DV)
     mean = (acc + low[:, None]) / summed[:, None]
     tl.store(pointers[:, None] + (j * W + e[None, :]), mean.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(
+    a0,
+    a1,
+    a2,
+    a3,
+    top,
+    total,
+    lows,
+    q0,
+    q1,
+    q2,
+    q3,
+    q_sum,
+    positions,
+    begin,
+    end,
+    limit,
+    k_ptr,
+    v_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
+    table,
+    stride_k_page,
+    stride_k_slot,
+    stride_v_page,
+    stride_v_slot,
+    stride_ks_page,
+    stride_ks_slot,
+    stride_vs_page,
+    stride_vs_slot,
+    scale,
+    softcap,
+    FORMAT: tl.constexpr,
+    WK: tl.constexpr,
+    WV: tl.constexpr,
+    BLOCK_WK: tl.constexpr,
+    BLOCK_WV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_DTYPE: tl.constexpr,
+    V_DTYPE: tl.constexpr,
+    COMPILED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold the keys [begin, end) into sums: a0 … a3 of the planes [M, BLOCK_WV], total and lows by key."""
+    PRECISION: tl.constexpr = "ieee" if K_DTYPE == tl.float32 else "tf32"
+    pages = tile_pages(table, begin, end, limit, BLOCK_N, True, PAGE_SIZE)
+    for start in tl.range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k_at = k_ptr + tile_rows(pages, keys, 0, stride_k_page, stride_k_slot, True, PAGE_SIZE)
+        v_at = v_ptr + tile_rows(pages, keys, 0, stride_v_page, stride_v_slot, True, PAGE_SIZE)
+        ks_at = k_scales_ptr + tile_rows(pages, keys, 0, stride_ks_page, stride_ks_slot, True, PAGE_SIZE)
+        vs_at = v_scales_ptr + tile_rows(pages, keys, 0, stride_vs_page, stride_vs_slot, True, PAGE_SIZE)
+        pages = tile_pages(table, start + BLOCK_N, end, limit, BLOCK_N, True, PAGE_SIZE)
+        # What lies past the limit is never read: its scales may be NaN, and 0 · NaN would reach the sum.
+        exists = keys < limit
+        k_stored, v_stored = load_scales(ks_at, vs_at, exists, COLUMNS, MASKED)
+        k_words = load_words(k_at, exists, WK, BLOCK_WK, MASKED)
+        v_words = load_words(v_at, exists, WV, BLOCK_WV, MASKED)
+
+        words = tl.trans(k_words)
+        k0 = plane(words, 0, FORMAT, K_DTYPE, COMPILED, True)
+        k1 = plane(words, 1, FORMAT, K_DTYPE, COMPILED, True)
+        scores = tl.dot(q0, k0, input_precision=PRECISION)
+        scores = tl.dot(q1, k1, scores, input_precision=PRECISION)
+        if FORMAT == "int4":
+            k2 = plane(words, 2, FORMAT, K_DTYPE, COMPILED, True)
+            k3 = plane(words, 3, FORMAT, K_DTYPE, COMPILED, True)
+            scores = tl.dot(q2, k2, scores, input_precision=PRECISION)
+            scores = tl.dot(q3, k3, scores, input_precision=PRECISION)
+        k_scale = scale_of(k_stored, FORMAT)
+        scores = scores * k_scale[None, :]
+        if FORMAT == "int4":
+            k_low = low_of(k_stored) - k_scale * raw_offset(FORMAT, K_DTYPE, COMPILED)
+            scores += q_sum[:, None] * k_low[None, :]
+        weights, top, shrink = softmax_step(
+            scores, top, keys, positions, limit, scale, softcap, CAUSAL, WINDOW, CHUNK, SOFTCAP, MASKED
+        )
+        total = total * shrink[:, None] + weights
+        if FORMAT == "int4":
+            lows = lows * shrink[:, None] + weights * low_of(v_stored)[None, :]
+        w = (weights * scale_of(v_stored, FORMAT)[None, :]).to(V_DTYPE)
+        a0 *= shrink[:, None]
+        a1 *= shrink[:, None]
+        a0 = tl.dot(w, plane(v_words, 0, FORMAT, V_DTYPE, COMPILED), a0, input_precision=PRECISION)
+        a1 = tl.dot(w, plane(v_words, 1, FORMAT, V_DTYPE, COMPILED), a1, input_precision=PRECISION)
+        if FORMAT == "int4":
+            a2 *= shrink[:, None]
+            a3 *= shrink[:, None]
+            a2 = tl.dot(w, plane(v_words, 2, FORMAT, V_DTYPE, COMPILED), a2, input_precision=PRECISION)
+            a3 = tl.dot(w, plane(v_words, 3, FORMAT, V_DTYPE, COMPILED), a3, input_precision=PRECISION)
+    return a0, a1, a2, a3, top, total, lows
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "splits"])
@@ -92,12 +192,12 @@ def decode_quantized_kernel(
     K_DTYPE: tl.constexpr,
     V_DTYPE: tl.constexpr,
     COMPILED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid and scratch as in `decode_kernel`; W words of a head's channels, padded to BLOCK_W."""
     if PDL:
         cuda.gdc_launch_dependents()
-    PRECISION: tl.constexpr = "ieee" if K_DTYPE == tl.float32 else "tf32"
     split = tl.program_id(0)
     head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     kv_head = tl.program_id(1) // head_tiles
@@ -137,6 +237,10 @@ def decode_quantized_kernel(
         q3 = _load_plane(q_row, 3, ek, live, WK, D, K_DTYPE)
         q_sum = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
         q_sum += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
+    else:  # not used
+        q2 = q0
+        q3 = q1
+        q_sum = nothing
     a0 = tl.zeros([BLOCK_M, BLOCK_WV], dtype=tl.float32)
     a1 = tl.zeros([BLOCK_M, BLOCK_WV], dtype=tl.float32)
     a2 = tl.zeros([BLOCK_M, BLOCK_WV], dtype=tl.float32)
@@ -156,46 +260,25 @@ def decode_quantized_kernel(
     k_scales_ptr += kv_head.to(tl.int64) * stride_ks_head
     v_scales_ptr += kv_head.to(tl.int64) * stride_vs_head
     table = table_ptr + sequence * stride_table
-    pages = tile_pages(table, begin, end, keys_count, BLOCK_N, True, PAGE_SIZE)
-    for start in tl.range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_at = k_ptr + tile_rows(pages, keys, 0, stride_k_page, stride_k_slot, True, PAGE_SIZE)
-        v_at = v_ptr + tile_rows(pages, keys, 0, stride_v_page, stride_v_slot, True, PAGE_SIZE)
-        ks_at = k_scales_ptr + tile_rows(pages, keys, 0, stride_ks_page, stride_ks_slot, True, PAGE_SIZE)
-        vs_at = v_scales_ptr + tile_rows(pages, keys, 0, stride_vs_page, stride_vs_slot, True, PAGE_SIZE)
-        pages = tile_pages(table, start + BLOCK_N, end, keys_count, BLOCK_N, True, PAGE_SIZE)
-        # What lies past the limit is never read: its scales may be NaN, and 0 · NaN would reach the sum.
-        exists = keys < keys_count
-        k_words = tl.load(k_at[:, None] + ek[None, :], mask=exists[:, None] & (ek[None, :] < WK), other=0)
-        v_words = tl.load(v_at[:, None] + ev[None, :], mask=exists[:, None] & (ev[None, :] < WV), other=0)
-        k_stored = tl.load(ks_at, mask=exists, other=0)
-        v_stored = tl.load(vs_at, mask=exists, other=0)
-
-        words = tl.trans(k_words)
-        scores = tl.dot(q0, plane(words, 0, FORMAT, K_DTYPE, COMPILED), input_precision=PRECISION)
-        scores = tl.dot(q1, plane(words, 1, FORMAT, K_DTYPE, COMPILED), scores, input_precision=PRECISION)
-        if FORMAT == "int4":
-            scores = tl.dot(q2, plane(words, 2, FORMAT, K_DTYPE, COMPILED), scores, input_precision=PRECISION)
-            scores = tl.dot(q3, plane(words, 3, FORMAT, K_DTYPE, COMPILED), scores, input_precision=PRECISION)
-        scores = scores * scale_of(k_stored, FORMAT)[None, :]
-        if FORMAT == "int4":
-            scores += q_sum[:, None] * low_of(k_stored)[None, :]
-        weights, top, shrink = softmax_step(
-            scores, top, keys, positions, keys_count, scale, softcap, CAUSAL, WINDOW, CHUNK, SOFTCAP, True
-        )
-        total = total * shrink[:, None] + weights
-        if FORMAT == "int4":
-            lows = lows * shrink[:, None] + weights * low_of(v_stored)[None, :]
-        w = (weights * scale_of(v_stored, FORMAT)[None, :]).to(V_DTYPE)
-        a0 *= shrink[:, None]
-        a1 *= shrink[:, None]
-        a0 = tl.dot(w, plane(v_words, 0, FORMAT, V_DTYPE, COMPILED), a0, input_precision=PRECISION)
-        a1 = tl.dot(w, plane(v_words, 1, FORMAT, V_DTYPE, COMPILED), a1, input_precision=PRECISION)
-        if FORMAT == "int4":
-            a2 *= shrink[:, None]
-            a3 *= shrink[:, None]
-            a2 = tl.dot(w, plane(v_words, 2, FORMAT, V_DTYPE, COMPILED), a2, input_precision=PRECISION)
-            a3 = tl.dot(w, plane(v_words, 3, FORMAT, V_DTYPE, COMPILED), a3, input_precision=PRECISION)
+    # No key of the tiles before the last is hidden, unless windows or chunks hide some.
+    full_end = begin if WINDOW > 0 or CHUNK > 0 else tl.maximum(end // BLOCK_N * BLOCK_N, begin)
+    if not (WINDOW > 0 or CHUNK > 0):
+        a0, a1, a2, a3, top, total, lows = _attend(
+            a0, a1, a2, a3, top, total, lows, q0, q1, q2, q3, q_sum, positions, begin, full_end, keys_count,
+            k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table,
+            stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
+            stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot, scale, softcap,
+            FORMAT, WK, WV, BLOCK_WK, BLOCK_WV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGE_SIZE,
+            K_DTYPE, V_DTYPE, COMPILED, COLUMNS, False,
+        )  # fmt: skip
+    a0, a1, a2, a3, top, total, lows = _attend(
+        a0, a1, a2, a3, top, total, lows, q0, q1, q2, q3, q_sum, positions, full_end, end, keys_count,
+        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table,
+        stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
+        stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot, scale, softcap,
+        FORMAT, WK, WV, BLOCK_WK, BLOCK_WV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGE_SIZE,
+        K_DTYPE, V_DTYPE, COMPILED, COLUMNS, True,
+    )  # fmt: skip
 
     low = tl.sum(lows, 1)
     summed = tl.sum(total, 1)

@@ -13,7 +13,14 @@ import triton.language as tl
 
 from qcompiler.kernels.triton.attention_prefill import find_tile, key_bounds
 from qcompiler.kernels.triton.attention_tiles import LOG2E, softmax_step, tile_pages, tile_rows
-from qcompiler.kernels.triton.kv_codes import all_planes, low_of, scale_of
+from qcompiler.kernels.triton.kv_codes import (
+    all_planes,
+    load_scales,
+    load_words,
+    low_of,
+    raw_offset,
+    scale_of,
+)
 
 
 @triton.jit
@@ -68,12 +75,11 @@ def _attend(
     K_DTYPE: tl.constexpr,
     V_DTYPE: tl.constexpr,
     COMPILED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the keys [begin, end) into (acc, top, total, low): `attend_tiles`, low [M] being Σ p · v_low."""
     PRECISION: tl.constexpr = "ieee" if K_DTYPE == tl.float32 else "tf32"
-    ek = tl.arange(0, BLOCK_WK)
-    ev = tl.arange(0, BLOCK_WV)
     pages = tile_pages(table, begin, end, limit, BLOCK_N, True, PAGE_SIZE)
     for start in tl.range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -82,28 +88,16 @@ def _attend(
         ks_at = k_scales_ptr + tile_rows(pages, keys, 0, stride_ks_page, stride_ks_slot, True, PAGE_SIZE)
         vs_at = v_scales_ptr + tile_rows(pages, keys, 0, stride_vs_page, stride_vs_slot, True, PAGE_SIZE)
         pages = tile_pages(table, start + BLOCK_N, end, limit, BLOCK_N, True, PAGE_SIZE)
-        if MASKED:
-            exists = keys < limit
-            k_words = tl.load(k_at[:, None] + ek[None, :], mask=exists[:, None] & (ek[None, :] < WK), other=0)
-            v_words = tl.load(v_at[:, None] + ev[None, :], mask=exists[:, None] & (ev[None, :] < WV), other=0)
-            k_stored = tl.load(ks_at, mask=exists, other=0)
-            v_stored = tl.load(vs_at, mask=exists, other=0)
-        else:
-            if WK == BLOCK_WK:
-                k_words = tl.load(k_at[:, None] + ek[None, :])
-            else:
-                k_words = tl.load(k_at[:, None] + ek[None, :], mask=ek[None, :] < WK, other=0)
-            if WV == BLOCK_WV:
-                v_words = tl.load(v_at[:, None] + ev[None, :])
-            else:
-                v_words = tl.load(v_at[:, None] + ev[None, :], mask=ev[None, :] < WV, other=0)
-            k_stored = tl.load(ks_at)
-            v_stored = tl.load(vs_at)
-
-        k = all_planes(k_words, FORMAT, K_DTYPE, COMPILED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_of(k_stored, FORMAT)[None, :]
+        exists = keys < limit
+        k_stored, v_stored = load_scales(ks_at, vs_at, exists, COLUMNS, MASKED)
+        k_words = load_words(k_at, exists, WK, BLOCK_WK, MASKED)
+        v_words = load_words(v_at, exists, WV, BLOCK_WV, MASKED)
+        k = all_planes(k_words, FORMAT, K_DTYPE, COMPILED, True)
+        k_scale = scale_of(k_stored, FORMAT)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * k_scale[None, :]
         if FORMAT == "int4":
-            scores += q_sum[:, None] * low_of(k_stored)[None, :]
+            k_low = low_of(k_stored) - k_scale * raw_offset(FORMAT, K_DTYPE, COMPILED)
+            scores += q_sum[:, None] * k_low[None, :]
         weights, top, shrink = softmax_step(
             scores, top, keys, positions, limit, scale, softcap, CAUSAL, WINDOW, CHUNK, SOFTCAP, MASKED
         )
@@ -172,6 +166,7 @@ def prefill_quantized_kernel(
     K_DTYPE: tl.constexpr,
     V_DTYPE: tl.constexpr,
     COMPILED: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Grid: (tokens // TILE_TOKENS + sequences + 1, key heads · head tiles)."""
     # Late tiles see the most keys when causal: start them first.
@@ -222,7 +217,7 @@ def prefill_quantized_kernel(
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
             stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot, scale, softcap,
             FORMAT, WK, WV, BLOCK_WK, BLOCK_WV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGE_SIZE,
-            K_DTYPE, V_DTYPE, COMPILED, True,
+            K_DTYPE, V_DTYPE, COMPILED, COLUMNS, True,
         )  # fmt: skip
     acc, top, total, v_low = _attend(
         acc, top, total, v_low, q, q_sum, positions, full_low, full_high, keys,
@@ -230,7 +225,7 @@ def prefill_quantized_kernel(
         stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
         stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot, scale, softcap,
         FORMAT, WK, WV, BLOCK_WK, BLOCK_WV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGE_SIZE,
-        K_DTYPE, V_DTYPE, COMPILED, False,
+        K_DTYPE, V_DTYPE, COMPILED, COLUMNS, False,
     )  # fmt: skip
     acc, top, total, v_low = _attend(
         acc, top, total, v_low, q, q_sum, positions, full_high, high, keys,
@@ -238,7 +233,7 @@ def prefill_quantized_kernel(
         stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
         stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot, scale, softcap,
         FORMAT, WK, WV, BLOCK_WK, BLOCK_WV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGE_SIZE,
-        K_DTYPE, V_DTYPE, COMPILED, True,
+        K_DTYPE, V_DTYPE, COMPILED, COLUMNS, True,
     )  # fmt: skip
 
     acc = (acc + v_low[:, None]) / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -35,11 +35,11 @@ def prefill_quantized_tile(rows: int, head_dim: int, exact: bool) -> Tile:
     """
     block_m = min(max(next_power_of_2(rows), MIN_DOT), 128)
     if exact:
-        return Tile(min(block_m, 32), 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
+        return Tile(16, 16, 8, 1)
     if head_dim <= 128:
         return Tile(block_m, 64, 8 if block_m == 128 else 4, 3)
     if head_dim <= 256:
-        return Tile(min(block_m, 64), 32, 4, 2)
+        return Tile(min(block_m, 64), 32, 8 if block_m >= 64 else 4, 2)
     return Tile(min(block_m, 32), 32, 8, 2)
 
 
@@ -50,11 +50,12 @@ def decode_quantized_tile(rows: int, head_dim: int, page_size: int, exact: bool)
     """
     block_m = min(max(next_power_of_2(rows), MIN_DOT), 64)
     if exact:
-        return Tile(16, 32, 4, 1) if head_dim <= 128 else Tile(16, 16, 4 if head_dim <= 256 else 8, 1)
+        return Tile(16, 16, 4 if head_dim <= 256 else 8, 1)
     if head_dim <= 128 and block_m == MIN_DOT and page_size % _LONGEST_TILE == 0:
         return Tile(block_m, _LONGEST_TILE, 4, 3)
     if head_dim <= 256:
-        return Tile(block_m, 64 if head_dim <= 128 else 32, 4, 3)
+        # planes of 16 words are too narrow for four warps
+        return Tile(block_m, 64 if head_dim <= 128 else 32, 2 if head_dim <= 64 else 4, 3)
     return Tile(min(block_m, 16), 32, 8, 2)
 
 
@@ -131,7 +132,7 @@ def _prefill(
             PLANES=chosen.planes, GROUP=group, TILE_HEADS=tile_heads, TILE_TOKENS=tile_tokens,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SEQUENCES_P2=next_power_of_2(sequences + 1),
             CAUSAL=causal, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            PAGE_SIZE=k_pages.shape[1], **shape, **_dtypes(q),
+            PAGE_SIZE=k_pages.shape[1], COLUMNS=scale_columns(tile), **shape, **_dtypes(q),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
@@ -183,11 +184,17 @@ def _decode(
             GROUP=group, TILE_HEADS=tile_heads, KV_HEADS=kv_heads,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=splits > 1,
             CAUSAL=causal, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            PAGE_SIZE=page_size, PDL=splits > 1 and uses_pdl(q.device), **shape, **_dtypes(q),
+            PAGE_SIZE=page_size, PDL=splits > 1 and uses_pdl(q.device), COLUMNS=scale_columns(tile),
+            **shape, **_dtypes(q),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if splits > 1:
             combine_splits(partial, lse, out, query_start)
+
+
+def scale_columns(tile: Tile) -> int:
+    """Columns of `load_scales`: as many as give every thread an element."""
+    return 4 if 32 * tile.num_warps > 2 * tile.block_n else 2
 
 
 def _widths(

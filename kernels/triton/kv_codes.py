@@ -18,17 +18,20 @@ _MAGIC = {"bf16": 0x43004300, "fp16": 0x64006400}
 _MINUS_MAGIC = {"bf16": 0xC300C300, "fp16": 0xE400E400}
 
 
-def plane_assembly(fmt: str, plane: int, half: str) -> str:
+def plane_assembly(fmt: str, plane: int, half: str, raw: bool = False) -> str:
     """PTX that turns plane `plane` of a pair of words $1 into a pair of floats $0.
 
     Args:
         fmt: "int8", "int4" or "fp8".
         plane: Which plane.
         half: "bf16" or "fp16".
+        raw: Leave `raw_offset` in the codes of int4.
     """
     lines = ["{", ".reg .b32 w, a, b, one;", f"mov.b32 one, {_ONE[half]:#x};"]
     pair = f"{half.replace('fp', 'f')}x2"
-    if fmt == "int4":
+    if fmt == "int4" and raw:
+        lines += [f"shr.u32 w, $1, {4 * plane};", f"lop3.b32 $0, w, 0x000f000f, {_MAGIC[half]:#x}, 0xEA;"]
+    elif fmt == "int4":
         # magic + code, less magic
         lines += [
             f"shr.u32 w, $1, {4 * plane};",
@@ -72,16 +75,34 @@ def plane_assembly(fmt: str, plane: int, half: str) -> str:
 _assembly = triton.constexpr_function(plane_assembly)
 
 
+@triton.constexpr_function
+def raw_offset(fmt: str, dtype: tl.dtype, compiled: bool) -> float:
+    """What RAW planes have too much, which saves its subtraction where a row's low value can take it up."""
+    if fmt != "int4" or not compiled or dtype == tl.float32:
+        return 0.0
+    return 128.0 if dtype == tl.bfloat16 else 1024.0
+
+
 @triton.jit
-def plane(words, j: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr):
-    """Plane j of words int16 as floats: DTYPE, or float32 where that is asked for or nothing is COMPILED."""
+def plane(
+    words,
+    j: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPILED: tl.constexpr,
+    RAW: tl.constexpr = False,
+):
+    """Plane j of words int16 as floats: DTYPE, or float32 where that is asked for or nothing is COMPILED.
+
+    RAW: plus `raw_offset`.
+    """
     if COMPILED and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            _assembly(FORMAT, j, "bf16"), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+            _assembly(FORMAT, j, "bf16", RAW), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     elif COMPILED and DTYPE == tl.float16:
         return tl.inline_asm_elementwise(
-            _assembly(FORMAT, j, "fp16"), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            _assembly(FORMAT, j, "fp16", RAW), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         wide = words.to(tl.int32)
@@ -96,12 +117,18 @@ def plane(words, j: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, COM
 
 
 @triton.jit
-def all_planes(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr):
-    """[rows, W] words as floats [rows, planes · W], one plane after the other."""
+def all_planes(
+    words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, COMPILED: tl.constexpr, RAW: tl.constexpr = False
+):
+    """[rows, W] words as floats [rows, planes · W], one plane after the other; RAW as in `plane`."""
     if FORMAT == "int4":
         # planes 0 and 1 and planes 2 and 3 differ in the last dimension
-        first = tl.join(plane(words, 0, FORMAT, DTYPE, COMPILED), plane(words, 2, FORMAT, DTYPE, COMPILED))
-        second = tl.join(plane(words, 1, FORMAT, DTYPE, COMPILED), plane(words, 3, FORMAT, DTYPE, COMPILED))
+        p0 = plane(words, 0, FORMAT, DTYPE, COMPILED, RAW)
+        p1 = plane(words, 1, FORMAT, DTYPE, COMPILED, RAW)
+        p2 = plane(words, 2, FORMAT, DTYPE, COMPILED, RAW)
+        p3 = plane(words, 3, FORMAT, DTYPE, COMPILED, RAW)
+        first = tl.join(p0, p2)
+        second = tl.join(p1, p3)
         both = tl.permute(tl.join(first, second), (0, 2, 3, 1))
         return tl.reshape(both, (words.shape[0], 4 * words.shape[1]))
     else:
@@ -122,3 +149,37 @@ def scale_of(stored, FORMAT: tl.constexpr):
 def low_of(stored):
     """The value of code 0 of int4, float32."""
     return (stored >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_words(at, exists, W: tl.constexpr, BLOCK_W: tl.constexpr, MASKED: tl.constexpr):
+    """Words [keys, BLOCK_W] of the rows that `at` points to, zero for those that do not exist."""
+    e = tl.arange(0, BLOCK_W)
+    if MASKED:
+        return tl.load(at[:, None] + e[None, :], mask=exists[:, None] & (e[None, :] < W), other=0)
+    elif W == BLOCK_W:
+        return tl.load(at[:, None] + e[None, :])
+    else:
+        return tl.load(at[:, None] + e[None, :], mask=e[None, :] < W, other=0)
+
+
+@triton.jit
+def load_scales(k_at, v_at, exists, COLUMNS: tl.constexpr, MASKED: tl.constexpr):
+    """What is stored per key for keys and values, by one load of [keys, COLUMNS]; COLUMNS is 2 or 4.
+
+    A load with fewer elements than there are threads would be repeated by Triton in the layout of the scores,
+    with dozens of copies per thread; columns repeat until it has enough.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    at = tl.where(column % 2 == 0, k_at[:, None], v_at[:, None])
+    if MASKED:
+        stored = tl.load(at, mask=exists[:, None] & (column >= 0), other=0)
+    else:
+        stored = tl.load(at)
+    if COLUMNS == 4:
+        k_stored, v_stored = tl.split(tl.reshape(stored, (stored.shape[0], 2, 2)))
+        k_stored, _ = tl.split(k_stored)
+        v_stored, _ = tl.split(v_stored)
+    else:
+        k_stored, v_stored = tl.split(stored)
+    return k_stored, v_stored

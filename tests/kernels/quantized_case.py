@@ -1,4 +1,4 @@
-"""Paged cases over a quantized cache; what belongs to no key is poisoned: codes of every kind, scales of NaN."""
+"""Paged cases over a quantized cache; what belongs to no key is poisoned: any codes, scales of NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qcompiler::paged_attention_quantized`: what each sequence gets alone from the keys that its codes stand for."""
+"""`paged_attention_quantized`: what each sequence gets alone from the keys that its codes stand for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_opcheck(name, fmt):
 
 def test_pages_that_are_not_of_the_format_are_refused():
     arguments, _ = quantized(CASES["decode"], "int8")
-    with pytest.raises(InvalidInputError, match="k_scales are torch.float32"):
+    with pytest.raises(InvalidInputError, match="k_scales are"):
         OP(*(("int4" if a == "int8" else a) if isinstance(a, str) else a for a in arguments))
 
 
