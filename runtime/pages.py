@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
-from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph
+from qcompiler.kernels.formats.kv_cache import kv_format
+from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph, bind
 
-# What the names of a graph's page inputs begin with; scales belong to a quantized cache.
+# The ops on a quantized cache, and what the names of page inputs begin with.
+_QUANTIZED_OPS = ("qcompiler.kv_append_quantized.default", "qcompiler.paged_attention_quantized.default")
 PAGE_INPUTS = ("k_pages_", "v_pages_", "k_scales_", "v_scales_")
 
 
@@ -36,7 +38,8 @@ def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
     """The graph's page inputs, and the page size if the graph fixes it.
 
     Raises:
-        ArtifactError: a page input without a fixed number of heads and channels.
+        ArtifactError: a page input without a fixed number of heads and channels, or pages and scales that are
+            not those of the format that their nodes name.
     """
     specs, sizes = [], set()
     for declared in graph.inputs:
@@ -52,7 +55,38 @@ def page_specs(graph: Graph) -> tuple[list[PageSpec], int | None]:
             sizes.add(shape[1])
     if len(sizes) > 1 or 0 in sizes:
         raise ArtifactError(f"graph.json: page sizes {sorted(sizes)} do not agree")
+    _check_formats(graph, {spec.name: spec for spec in specs})
     return specs, (sizes.pop() if sizes else None)
+
+
+def _check_formats(graph: Graph, specs: dict[str, PageSpec]) -> None:
+    """Hold the pages and scales of a quantized cache against the formats that the nodes on them name."""
+    for node in graph.nodes:
+        if node.op not in _QUANTIZED_OPS:
+            continue
+        where = f"graph.json: node {node.name!r} ({node.op})"
+        call = bind(node)
+        try:
+            chosen = kv_format(call["format"])
+        except InvalidInputError as e:
+            raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from None
+        for part in ("k", "v"):
+            names = [getattr(call[f"{part}_{kind}"], "name", "") for kind in ("pages", "scales")]
+            if any(name not in specs for name in names):
+                raise ArtifactError(
+                    f"{where}: {part}_pages and {part}_scales must be page inputs of the graph"
+                )
+            pages, scales = (specs[name] for name in names)
+            words = chosen.words(call["channels"]) if part == "v" and "channels" in call else pages.row[1]
+            if (
+                (pages.dtype, scales.dtype) != (torch.int16, chosen.scale_dtype)
+                or pages.row[1] != words
+                or scales.row != chosen.scale_row(pages.row[0])
+            ):
+                raise ArtifactError(
+                    f"{where}: {pages.name} {pages.dtype} {list(pages.row)} and {scales.name} {scales.dtype} "
+                    f"{list(scales.row)} per token are not a cache of format {chosen.name}"
+                )
 
 
 def allocate_pages(

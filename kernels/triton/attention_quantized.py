@@ -39,7 +39,7 @@ def prefill_quantized_tile(rows: int, head_dim: int, exact: bool) -> Tile:
     if head_dim <= 128:
         return Tile(block_m, 64, 8 if block_m == 128 else 4, 3)
     if head_dim <= 256:
-        return Tile(min(block_m, 64), 32, 8 if block_m >= 64 else 4, 2)
+        return Tile(min(block_m, 64), 16, 8 if block_m >= 64 else 4, 3)
     return Tile(min(block_m, 32), 32, 8, 2)
 
 

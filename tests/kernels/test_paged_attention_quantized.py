@@ -16,9 +16,16 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.kv_cache import KV_FORMATS
 
 OP = torch.ops.qcompiler.paged_attention_quantized.default
-# Every kind of case for one format, and those that take another way through the kernels for the others.
-SOME = ["mixed-with-padding", "decode-one-long", "odd-dims", "softcap-sinks", "softcap-sinks-decode"]
-WIDE = [("int4", name) for name in CASES] + [(f, name) for f in ("int8", "fp8") for name in SOME]
+# Each way through the kernels: padded planes, windows and chunks, several head tiles, tiles within one page.
+WAYS = [
+    "mixed-with-padding", "decode-padded-graph", "decode-odd-group", "odd-dims", "multi-query", "window",
+    "whole-tile-pages", "chunk-decode", "softcap-sinks", "softcap-sinks-decode", "full-window-decode",
+]  # fmt: skip
+WIDE = [("int4", name) for name in WAYS] + [
+    (fmt, name)
+    for fmt in ("int8", "fp8")
+    for name in ("mixed-with-padding", "decode-padded-rows", "odd-dims")
+]
 
 
 @pytest.mark.parametrize("fmt", KV_FORMATS)
@@ -54,7 +61,7 @@ def test_kernel_gives_each_sequence_what_it_gets_alone(fmt, name, target):
 
 @on_triton
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("name", ["decode-padded-graph", "softcap-sinks-decode", "window-decode"])
+@pytest.mark.parametrize("name", ["softcap-sinks-decode", "window-decode"])
 def test_decode_does_not_depend_on_the_number_of_splits(name, splits, target, monkeypatch):
     from qcompiler.kernels.triton import attention_quantized
 
