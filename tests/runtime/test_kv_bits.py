@@ -1,4 +1,4 @@
-"""A quantized KV cache in the runtime: near the plain one, chosen when compiled or loaded, checked at load."""
+"""A quantized KV cache in the runtime: near the plain one, chosen at compilation or load, and checked."""
 
 from __future__ import annotations
 
