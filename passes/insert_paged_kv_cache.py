@@ -8,6 +8,7 @@ decode, mixed batches and chunked prefill.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -85,17 +86,16 @@ class InsertPagedKVCache(Pass):
             with gm.graph.inserting_before(node):
                 q, k, v = (_tokens_first(gm, item) for item in node.args[:3])
                 metadata = (block_table, query_start, seq_lens, max_query_len)
-                options = node.args[3:]
-                if self.kv_format is None:
-                    append, attend = _ops.kv_append.default, _ops.paged_attention.default
-                    extra, told = (), ()
-                else:
+                told: tuple[Any, ...] = metadata
+                named: tuple[str, ...] = ()
+                append, attend = _ops.kv_append.default, _ops.paged_attention.default
+                if self.kv_format is not None:
                     append = _ops.kv_append_quantized.default
                     attend = _ops.paged_attention_quantized.default
-                    extra = (self.kv_format.name,)
-                    told = (shape_of(v)[2], self.kv_format.name)
-                insert_call(gm.graph, append, (k, v, *caches, slots, *extra), like=node)
-                out = insert_call(gm.graph, attend, (q, *caches, *metadata, *told, *options), like=node)
+                    named = (self.kv_format.name,)
+                    told = (*metadata, shape_of(v)[2], *named)
+                insert_call(gm.graph, append, (k, v, *caches, slots, *named), like=node)
+                out = insert_call(gm.graph, attend, (q, *caches, *told, *node.args[3:]), like=node)
                 out = insert_call(gm.graph, aten.unsqueeze.default, (out, 0), like=node)
             replace(node, out)
             result.matched += 1

@@ -111,10 +111,10 @@ def decode_kernel(
         if sequence >= sequences:
             return
     token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    keys = tl.load(seq_lens_ptr + sequence)  # before it is known whether they are needed: one wait, not two
     if tl.load(query_start_ptr + sequence + 1) == token:
         return
 
-    keys = tl.load(seq_lens_ptr + sequence)
     begin, end = split_bounds(keys, split, splits, CAUSAL, WINDOW, CHUNK, BLOCK_N)
     q_at = token * stride_q_token + head[:, None] * stride_q_head + d[None, :]
     q = tl.load(q_ptr + q_at, mask=live[:, None] & (d[None, :] < D), other=0.0)

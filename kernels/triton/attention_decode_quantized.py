@@ -224,10 +224,10 @@ def decode_quantized_kernel(
         if sequence >= sequences:
             return
     token = tl.load(query_start_ptr + sequence).to(tl.int64)
+    keys_count = tl.load(seq_lens_ptr + sequence)
     if tl.load(query_start_ptr + sequence + 1) == token:
         return
 
-    keys_count = tl.load(seq_lens_ptr + sequence)
     begin, end = split_bounds(keys_count, split, splits, CAUSAL, WINDOW, CHUNK, BLOCK_N)
     q_row = q_ptr + token * stride_q_token + head * stride_q_head
     q0 = _load_plane(q_row, 0, ek, live, WK, D, K_DTYPE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
@@ -14,15 +16,21 @@ from qcompiler.kernels.triton.attention import (
     checked_pages,
     combine_splits,
     decode_splits,
+    paged_attention,
     uses_pdl,
 )
 from qcompiler.kernels.triton.attention_decode_quantized import decode_quantized_kernel
 from qcompiler.kernels.triton.attention_prefill_quantized import prefill_quantized_kernel
+from qcompiler.kernels.triton.kv_dequantize import dequantize_pages
 from qcompiler.kernels.triton.launch import next_power_of_2, on_device, sm_count
 
 COMPILED = not isinstance(decode_quantized_kernel, InterpretedFunction)
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _LONGEST_TILE = 128
+# From so many queries of a sequence on, keys and values are dequantized once instead of in every tile, if
+# their floats take no more than this.
+DEQUANTIZE_QUERIES = 512
+DEQUANTIZE_BYTES = 256 << 20
 
 
 def prefill_quantized_tile(rows: int, head_dim: int, exact: bool) -> Tile:
@@ -84,13 +92,12 @@ def paged_attention_quantized(
     if out.numel() == 0:
         return out
     launch = _decode if max_query_len == 1 else _prefill
-    launch(
+    return launch(
         out, q if q.stride(-1) == 1 else q.contiguous(),
         checked_pages(k_pages, "k_pages"), checked_pages(v_pages, "v_pages"),
         _as_words(k_scales), _as_words(v_scales), block_table, query_start, seq_lens,
         max_query_len, kv_format(format), scale, causal, window, chunk, softcap, sinks,
     )  # fmt: skip
-    return out
 
 
 def _prefill(
@@ -111,16 +118,25 @@ def _prefill(
     chunk: int,
     softcap: float,
     sinks: torch.Tensor | None,
-) -> None:
-    tokens, heads, _ = q.shape
-    kv_heads = k_pages.shape[2]
+) -> torch.Tensor:
+    tokens, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
+    sequences, width = block_table.shape
+    held = sequences * width * page_size * kv_heads * (head_dim + out.shape[2]) * q.element_size()
+    if max_query_len >= DEQUANTIZE_QUERIES and held <= DEQUANTIZE_BYTES:
+        k, v = (
+            dequantize_pages(chosen, pages, scales, dim, block_table, seq_lens, q.dtype)
+            for pages, scales, dim in ((k_pages, k_scales, head_dim), (v_pages, v_scales, out.shape[2]))
+        )
+        table = torch.arange(sequences * width, dtype=torch.int32, device=q.device).view(sequences, width)
+        options = (scale, causal, window, chunk, softcap, sinks)
+        return paged_attention(q, k, v, table, query_start, seq_lens, max_query_len, *options)
     shape = _widths(chosen, q, out, k_pages, v_pages)
     widest = chosen.planes * max(shape["BLOCK_WK"], shape["BLOCK_WV"])
     tile = prefill_quantized_tile(max_query_len * group, widest, q.dtype == torch.float32)
     tile_heads = min(group, tile.block_m)
     tile_tokens = tile.block_m // tile_heads
-    sequences = query_start.shape[0] - 1
     grid = (tokens // tile_tokens + sequences + 1, kv_heads * -(-group // tile_heads))
     with on_device(q):
         prefill_quantized_kernel[grid](
@@ -135,6 +151,7 @@ def _prefill(
             PAGE_SIZE=k_pages.shape[1], COLUMNS=scale_columns(tile), **shape, **_dtypes(q),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    return out
 
 
 def _decode(
@@ -155,7 +172,7 @@ def _decode(
     chunk: int,
     softcap: float,
     sinks: torch.Tensor | None,
-) -> None:
+) -> torch.Tensor:
     tokens, heads, _ = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     group = heads // kv_heads
@@ -190,6 +207,7 @@ def _decode(
         )  # fmt: skip
         if splits > 1:
             combine_splits(partial, lse, out, query_start)
+    return out
 
 
 def scale_columns(tile: Tile) -> int:
@@ -199,7 +217,7 @@ def scale_columns(tile: Tile) -> int:
 
 def _widths(
     chosen: KVFormat, q: torch.Tensor, out: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor
-) -> dict[str, object]:
+) -> dict[str, Any]:
     wk, wv = k_pages.shape[3], v_pages.shape[3]
     return {
         "FORMAT": chosen.name, "D": q.shape[2], "DV": out.shape[2], "WK": wk, "WV": wv,
@@ -207,7 +225,7 @@ def _widths(
     }  # fmt: skip
 
 
-def _dtypes(q: torch.Tensor) -> dict[str, object]:
+def _dtypes(q: torch.Tensor) -> dict[str, Any]:
     """Codes are exact in every dtype; weights times scales need the range of bfloat16, not more precision."""
     exact = q.dtype == torch.float32 or not COMPILED
     return {

@@ -18,8 +18,8 @@ from qcompiler.kernels.formats.kv_cache import KV_FORMATS
 OP = torch.ops.qcompiler.paged_attention_quantized.default
 # Each way through the kernels: padded planes, windows and chunks, several head tiles, tiles within one page.
 WAYS = [
-    "mixed-with-padding", "decode-padded-graph", "decode-odd-group", "odd-dims", "multi-query", "window",
-    "whole-tile-pages", "chunk-decode", "softcap-sinks", "softcap-sinks-decode", "full-window-decode",
+    "mixed-with-padding", "decode-padded-graph", "decode-odd-group", "odd-dims", "window", "chunk-decode",
+    "decode-one-long", "softcap-sinks", "softcap-sinks-decode", "full-window-decode",
 ]  # fmt: skip
 WIDE = [("int4", name) for name in WAYS] + [
     (fmt, name)
@@ -28,9 +28,11 @@ WIDE = [("int4", name) for name in WAYS] + [
 ]
 
 
-@pytest.mark.parametrize("fmt", KV_FORMATS)
-@pytest.mark.parametrize("name", CASES)
-def test_reference_gives_each_sequence_what_it_gets_alone(name, fmt):
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [("int4", name) for name in CASES] + [(f, n) for f in ("int8", "fp8") for n in OTHER_FORMATS],
+)
+def test_reference_gives_each_sequence_what_it_gets_alone(fmt, name):
     arguments, expected = quantized(CASES[name], fmt)
     assert_close(OP(*arguments), expected)
 
@@ -59,6 +61,20 @@ def test_kernel_gives_each_sequence_what_it_gets_alone(fmt, name, target):
     assert_close(paged_attention_quantized(*arguments), expected)
 
 
+@on_triton_wide
+@pytest.mark.parametrize(
+    ("fmt", "name"), [("int4", "odd-dims"), ("int8", "window"), ("fp8", "chunked-prefill")]
+)
+def test_long_prefills_dequantize_first_and_get_the_same(fmt, name, target, monkeypatch):
+    from qcompiler.kernels.triton import attention_quantized
+
+    monkeypatch.setattr(attention_quantized, "DEQUANTIZE_QUERIES", 2)
+    monkeypatch.setattr(attention_quantized, "prefill_quantized_kernel", None)  # is not what runs
+    device, dtype = target
+    arguments, expected = quantized(CASES[name], fmt, dtype, device, by_head=True)
+    assert_close(attention_quantized.paged_attention_quantized(*arguments), expected)
+
+
 @on_triton
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", ["softcap-sinks-decode", "window-decode"])
@@ -77,7 +93,7 @@ def test_decode_does_not_depend_on_the_number_of_splits(name, splits, target, mo
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fmt", KV_FORMATS)
-@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("rows", [1, 200])  # 200: dequantized in the tiles
 def test_head_dimensions_on_cuda(rows, fmt, dtype, dim, page_size):
     case = PagedCase(
         (700, 230, 300), (rows, rows, rows), heads=8, kv_heads=2, dim=dim, channels=dim, page_size=page_size,
