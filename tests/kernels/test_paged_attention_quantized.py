@@ -21,17 +21,13 @@ WAYS = [
     "mixed-with-padding", "decode-padded-graph", "decode-odd-group", "odd-dims", "window", "chunk-decode",
     "decode-one-long", "softcap-sinks", "softcap-sinks-decode", "full-window-decode",
 ]  # fmt: skip
-WIDE = [("int4", name) for name in WAYS] + [
-    (fmt, name)
-    for fmt in ("int8", "fp8")
-    for name in ("mixed-with-padding", "decode-padded-rows", "odd-dims")
+OTHERS = [
+    (fmt, n) for fmt in ("int8", "fp8") for n in ("mixed-with-padding", "decode-padded-rows", "odd-dims")
 ]
+WIDE = [("int4", name) for name in WAYS] + OTHERS
 
 
-@pytest.mark.parametrize(
-    ("fmt", "name"),
-    [("int4", name) for name in CASES] + [(f, n) for f in ("int8", "fp8") for n in OTHER_FORMATS],
-)
+@pytest.mark.parametrize(("fmt", "name"), [("int4", name) for name in CASES] + OTHERS)
 def test_reference_gives_each_sequence_what_it_gets_alone(fmt, name):
     arguments, expected = quantized(CASES[name], fmt)
     assert_close(OP(*arguments), expected)
@@ -62,9 +58,7 @@ def test_kernel_gives_each_sequence_what_it_gets_alone(fmt, name, target):
 
 
 @on_triton_wide
-@pytest.mark.parametrize(
-    ("fmt", "name"), [("int4", "odd-dims"), ("int8", "window"), ("fp8", "chunked-prefill")]
-)
+@pytest.mark.parametrize(("fmt", "name"), [("int4", "odd-dims"), ("int8", "window"), ("fp8", "prefill")])
 def test_long_prefills_dequantize_first_and_get_the_same(fmt, name, target, monkeypatch):
     from qcompiler.kernels.triton import attention_quantized
 
