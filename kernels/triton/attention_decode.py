@@ -174,15 +174,17 @@ def combine_kernel(
     head = tl.program_id(1)
     dv = tl.arange(0, BLOCK_DV)
     out = out_ptr + head * stride_out_head + dv
+    # The index is older than the decode kernel, so it need not be waited for.
+    padding = (sequence >= tl.load(query_start_ptr + sequences)) & (sequence < tokens)
+    is_sequence = sequence < sequences
+    token = tl.load(query_start_ptr + sequence, mask=is_sequence, other=0).to(tl.int64)
+    after = tl.load(query_start_ptr + sequence + 1, mask=is_sequence, other=0)
     if PDL:
         cuda.gdc_wait()
-    if (sequence >= tl.load(query_start_ptr + sequences)) & (sequence < tokens):  # a padding row
+    if padding:
         zero = tl.zeros([BLOCK_DV], dtype=out_ptr.dtype.element_ty)
         tl.store(out + sequence * stride_out_token, zero, mask=dv < DV)
-    if sequence >= sequences:
-        return
-    token = tl.load(query_start_ptr + sequence).to(tl.int64)
-    if tl.load(query_start_ptr + sequence + 1) == token:
+    if after == token:  # nothing to do, or no sequence at all
         return
     split = tl.arange(0, SPLITS_P2)
     slots = (sequence * HEADS + head) * splits + split

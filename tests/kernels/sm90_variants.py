@@ -20,6 +20,7 @@ from qcompiler.kernels.triton import (
     grouped_linear,
     kv_append,
     kv_append_quantized,
+    kv_dequantize,
     norms,
     rotary,
 )
@@ -56,10 +57,11 @@ def argument_types(kernel, element):
 def quantized_types(kernel, element, fmt):
     """Types of the kernels over a quantized cache: codes int16, scales of 4 bytes."""
     types = argument_types(kernel, element)
+    words = {"words_ptr", "k_pages_ptr", "v_pages_ptr"} | ({"k_ptr", "v_ptr"} if "q_ptr" in types else set())
     for name in types:
-        if name.endswith("_scales_ptr"):
+        if name.endswith("scales_ptr"):
             types[name] = "*i32" if fmt == "int4" else "*fp32"
-        elif name in ("k_pages_ptr", "v_pages_ptr") or (name in ("k_ptr", "v_ptr") and "q_ptr" in types):
+        elif name in words:
             types[name] = "*i16"
     return types
 
@@ -67,9 +69,8 @@ def quantized_types(kernel, element, fmt):
 def quantized_variants():
     rich = {"WINDOW": 1024, "SOFTCAP": True, "SINKS": True}
     for fmt, element, dim, page_size, options in (
-        ("int4", "bf16", 128, 128, {}), ("int4", "bf16", 128, 64, rich), ("int4", "fp16", 64, 16, {}),
-        ("int8", "bf16", 128, 128, {}), ("int8", "bf16", 256, 64, {}), ("fp8", "fp16", 80, 64, rich),
-        ("int4", "fp32", 128, 16, {}),
+        ("int4", "bf16", 128, 128, {}), ("int4", "fp16", 64, 16, {}), ("int8", "bf16", 128, 128, rich),
+        ("int8", "bf16", 256, 64, {}), ("fp8", "fp16", 80, 64, {}),
     ):  # fmt: skip
         exact = element == "fp32"
         chosen = kv_format(fmt)
@@ -97,8 +98,13 @@ def quantized_variants():
             columns = {"COLUMNS": attention_quantized.scale_columns(tile)}
             constants = attention_constants(kernel, dim, element, tile, 4, shape | columns)
             yield name, kernel, element, tile.num_warps, tile.num_stages, constants
-        if page_size != 128:
+        if dim != 128:
             continue
+        made = {
+            "FORMAT": fmt, "HEADS": 8, "D": dim, "W": words, "BLOCK_W": block, "BLOCK_P": 32,
+            "PAGE_SIZE": page_size, "stride_s_slot": 1,
+        }  # fmt: skip
+        yield "dequantize_pages", kv_dequantize.dequantize_pages_kernel, element, 4, 2, made
         append = {
             "FORMAT": fmt, "PLANES": chosen.planes, "HEADS": 8, "BLOCK_H": 8, "D": dim, "DV": dim,
             "WK": words, "WV": words, "BLOCK_WK": attention.next_power_of_2(words),

@@ -13,7 +13,7 @@ import pytest
 _SCRIPT = Path(__file__).with_name("sm90_variants.py")
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one program may have on sm_90
 _ELEMENTWISE = {"rms_norm", "layer_norm", "silu", "gelu", "kv_append", "rotary"}
-_QUANTIZED = {"prefill_quantized", "decode_quantized", "kv_append_quantized"}
+_QUANTIZED = {"prefill_quantized", "decode_quantized", "kv_append_quantized", "dequantize_pages"}
 
 
 @pytest.fixture(scope="module")
