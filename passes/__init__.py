@@ -95,14 +95,17 @@ def canonical_passes() -> list[Pass]:
     ]
 
 
-def lowering_passes(kind: str = "decoder", *, kv_dtype: torch.dtype | None = None) -> list[Pass]:
+def lowering_passes(
+    kind: str = "decoder", *, kv_dtype: torch.dtype | None = None, kv_format: str | None = None
+) -> list[Pass]:
     """From canonical (and quantized) ops to the graph that the runtime executes, in order.
 
     Args:
         kind: "decoder" (paged KV cache, logits of chosen rows) or "encoder" (ragged, every row).
         kv_dtype: Element type of the cache's pages; that of k and v if None.
+        kv_format: Format of a quantized cache; it changes numerics.
     """
     fusions: list[Pass] = [FuseSiblingLinears(), FuseAddNorm()]
     if kind == "encoder":
         return [*fusions, InsertRagged()]
-    return [*fusions, GatherLogitsRows(), InsertPagedKVCache(kv_dtype=kv_dtype)]
+    return [*fusions, GatherLogitsRows(), InsertPagedKVCache(kv_dtype=kv_dtype, kv_format=kv_format)]

@@ -17,6 +17,7 @@ from qcompiler.passes.graph_utils import Node, fake_mode, graph_device, plain_si
 Size = int | torch.SymInt
 
 # Inputs that passes add to a decoder, in the order in which the runtime gives them.
+PAGE_INPUTS = ("k_pages_", "v_pages_", "k_scales_", "v_scales_")
 DECODER_INPUTS = ("logits_rows", "slots", "block_table", "query_start", "seq_lens", "max_query_len")
 
 
@@ -80,4 +81,4 @@ def _rank(name: str) -> int:
     """Where an input belongs: the model's own first, then ours in their order, then the pages."""
     if name in DECODER_INPUTS:
         return 1 + DECODER_INPUTS.index(name)
-    return 1 + len(DECODER_INPUTS) if name.startswith(("k_pages_", "v_pages_")) else 0
+    return 1 + len(DECODER_INPUTS) if name.startswith(PAGE_INPUTS) else 0

@@ -8,11 +8,13 @@ decode, mixed batches and chunked prefill.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
+from qcompiler.kernels.formats.kv_cache import kv_format as find_format
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_inputs import InputBuilder
 from qcompiler.passes.graph_utils import (
@@ -34,19 +36,28 @@ class InsertPagedKVCache(Pass):
     """Each `attention` → `kv_append` and `paged_attention`; all of them or none.
 
     Adds the inputs slots int64 [T], block_table int32 [S, P], query_start int32 [S + 1],
-    seq_lens int32 [S], max_query_len, and k_pages_<i>, v_pages_<i> per layer.
+    seq_lens int32 [S], max_query_len, and k_pages_<i>, v_pages_<i> per layer; with a format also
+    k_scales_<i> and v_scales_<i>, and the ops are `kv_append_quantized` and `paged_attention_quantized`.
 
     Args:
         page_size: Tokens per page, if the graph is to be bound to one; symbolic otherwise.
-        kv_dtype: Element type of the pages; that of k if None.
+        kv_dtype: Element type of the pages; that of k if None. Not with a format.
+        kv_format: Format of a quantized cache ("int8", "int4", "fp8"; `kernels/formats/kv_cache.py`), which
+            changes numerics; None keeps keys and values as they are.
     """
 
     name = "insert_paged_kv_cache"
     required = True
 
-    def __init__(self, page_size: int | None = None, kv_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        page_size: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        kv_format: str | None = None,
+    ):
         self.page_size = page_size
         self.kv_dtype = kv_dtype
+        self.kv_format = None if kv_format is None else find_format(kv_format)
 
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
@@ -66,33 +77,55 @@ class InsertPagedKVCache(Pass):
         num_pages = builder.size("num_pages", 13)
         page_size = self.page_size or builder.size("page_size", 16)
         for index, node in enumerate(layers):
-            pages = []
-            for name, tensor in (("k", node.args[1]), ("v", node.args[2])):
-                heads, width = shape_of(tensor)[1], shape_of(tensor)[3]
-                dtype = self.kv_dtype or dtype_of(tensor)
-                pages.append(
-                    builder.tensor(f"{name}_pages_{index}", (num_pages, page_size, heads, width), dtype)
-                )
+            k_stored, v_stored = self._stored(node.args[1]), self._stored(node.args[2])
+            caches = [
+                builder.tensor(f"{name}_{kind}_{index}", (num_pages, page_size, *row), dtype)
+                for kind in k_stored
+                for name, (row, dtype) in (("k", k_stored[kind]), ("v", v_stored[kind]))
+            ]
             with gm.graph.inserting_before(node):
                 q, k, v = (_tokens_first(gm, item) for item in node.args[:3])
-                insert_call(gm.graph, _ops.kv_append.default, (k, v, *pages, slots), like=node)
                 metadata = (block_table, query_start, seq_lens, max_query_len)
-                out = insert_call(
-                    gm.graph, _ops.paged_attention.default, (q, *pages, *metadata, *node.args[3:]), like=node
-                )
+                told: tuple[Any, ...] = metadata
+                named: tuple[str, ...] = ()
+                append, attend = _ops.kv_append.default, _ops.paged_attention.default
+                if self.kv_format is not None:
+                    append = _ops.kv_append_quantized.default
+                    attend = _ops.paged_attention_quantized.default
+                    named = (self.kv_format.name,)
+                    told = (*metadata, shape_of(v)[2], *named)
+                insert_call(gm.graph, append, (k, v, *caches, slots, *named), like=node)
+                out = insert_call(gm.graph, attend, (q, *caches, *told, *node.args[3:]), like=node)
                 out = insert_call(gm.graph, aten.unsqueeze.default, (out, 0), like=node)
             replace(node, out)
             result.matched += 1
+
+    def _stored(self, tensor: Node) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """What is kept of one token's keys or values: kind of input → its shape and dtype."""
+        heads, width = shape_of(tensor)[1], shape_of(tensor)[3]
+        if self.kv_format is None:
+            return {"pages": ((heads, width), self.kv_dtype or dtype_of(tensor))}
+        return {
+            "pages": ((heads, self.kv_format.words(width)), torch.int16),
+            "scales": (self.kv_format.scale_row(heads), self.kv_format.scale_dtype),
+        }
 
 
 class InsertRagged(Pass):
     """Each `attention` → `ragged_attention` over sequences laid end to end; for models without a cache.
 
     Adds the inputs query_start int32 [S + 1] and max_query_len.
+
+    Args:
+        kv_format: Attend over what a cache of this format would give back of keys and values, as the
+            measurement of quality does; it changes numerics.
     """
 
     name = "insert_ragged"
     required = True
+
+    def __init__(self, kv_format: str | None = None):
+        self.kv_format = None if kv_format is None else find_format(kv_format)
 
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
@@ -105,6 +138,11 @@ class InsertRagged(Pass):
         for node in layers:
             with gm.graph.inserting_before(node):
                 q, k, v = (_tokens_first(gm, item) for item in node.args[:3])
+                if self.kv_format is not None:
+                    k, v = (
+                        insert_call(gm.graph, _ops.kv_round.default, (item, self.kv_format.name), like=node)
+                        for item in (k, v)
+                    )
                 out = insert_call(
                     gm.graph,
                     _ops.ragged_attention.default,

@@ -22,7 +22,8 @@ from qcompiler.texts import text_tokens
 def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress) -> Quality | None:
     """KL divergence, top-1 agreement, perplexities on the evaluation text; None where they have no meaning.
 
-    Both models run in the artifact's dtype: what is deployed is what is measured.
+    Both models run in the artifact's dtype, the compiled one with keys and values as its cache gives them
+    back: what is deployed is what is measured.
     """
     options = plan.options
     if options.eval_tokens == 0:
@@ -35,7 +36,7 @@ def measure_quality(plan: CompilePlan, stream: WeightStream, progress: Progress)
         progress.note("quality was not measured: the checkpoint has no tokenizer.json")
         return None
     original = _program(plan, plan.captured.graph, stream.original)
-    compiled = _program(plan, plan.quantized_graph, stream.tensor)
+    compiled = _program(plan, plan.quantized_graph, stream.tensor, options.kv_format)
     inputs, rows, targets = windows(tokens.to(plan.device), options.eval_context)
     meter = QualityMeter()
     with progress.stage("evaluate", original.node_count() + compiled.node_count()) as advance:
@@ -74,10 +75,13 @@ def windows(
 
 
 def _program(
-    plan: CompilePlan, graph: GraphModule, tensor_of: Callable[[GraphModule, str], torch.Tensor]
+    plan: CompilePlan,
+    graph: GraphModule,
+    tensor_of: Callable[[GraphModule, str], torch.Tensor],
+    kv_format: str | None = None,
 ) -> StreamedProgram:
     lowered = copy.deepcopy(graph)
-    PassManager([GatherLogitsRows(), InsertRagged()]).run(lowered)
+    PassManager([GatherLogitsRows(), InsertRagged(kv_format)]).run(lowered)
 
     def fetch(name: str) -> torch.Tensor:
         return tensor_of(lowered, name).to(plan.device)

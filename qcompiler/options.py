@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.kernels.formats.kv_cache import kv_format_of_bits
 
 EMBEDDING_BITS = (8, 4)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -29,6 +30,7 @@ class CompileOptions:
         bits_overrides: (pattern, bits) pairs; the last match wins.
         lm_head_bits: Quantize the output head too, at this width.
         embedding_bits: Quantize token embeddings too, at 8 or 4 bits; a tied head shares the table.
+        kv_bits: The KV cache: "16" as it is, "8" or "4" bits per value, or "fp8".
         method_options: Options of the method itself (for hqq: `solver`).
         eval_text: Text file for the quality figures; None means the text that ships.
         eval_tokens: Tokens of it to score; 0 skips the evaluation.
@@ -55,6 +57,7 @@ class CompileOptions:
     bits_overrides: tuple[tuple[str, int], ...] = ()
     lm_head_bits: int | None = None
     embedding_bits: int | None = None
+    kv_bits: str = "16"
     method_options: dict[str, Any] = field(default_factory=dict)
     eval_text: Path | None = None
     eval_tokens: int = 4096
@@ -79,6 +82,7 @@ class CompileOptions:
                 f"embeddings cannot have {self.embedding_bits} bits",
                 hint=f"Choose from {', '.join(map(str, EMBEDDING_BITS))}.",
             )
+        kv_format_of_bits(self.kv_bits)  # refuses what is not known
         if self.eval_tokens < 0 or 0 < self.eval_tokens < 2:
             raise InvalidInputError(
                 f"eval_tokens is {self.eval_tokens}; scoring needs at least 2 tokens",
@@ -111,7 +115,14 @@ class CompileOptions:
         if self.output is not None:
             return self.output
         name = Path(self.model).name or Path(self.model).resolve().name
-        return Path(f"{name}-{self.method}-{self.bits}bit" if self.method != "none" else f"{name}-none")
+        weights = f"{self.method}-{self.bits}bit" if self.method != "none" else "none"
+        cache = "" if self.kv_format is None else f"-kv{self.kv_bits}"
+        return Path(f"{name}-{weights}{cache}")
+
+    @property
+    def kv_format(self) -> str | None:
+        """Format of the KV cache, None for a plain one."""
+        return kv_format_of_bits(self.kv_bits)
 
     def fingerprint(self) -> dict[str, Any]:
         """The options that decide the bytes of the artifact: a resumed run must have the same."""

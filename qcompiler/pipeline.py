@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,11 @@ from qcompiler import __version__
 from qcompiler.checkpoint.identity import checkpoint_fingerprint
 from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
 from qcompiler.estimate import check_resources
-from qcompiler.kernels.errors import QualityGateError
+from qcompiler.kernels.errors import InvalidInputError, QualityGateError
 from qcompiler.measure import measure_quality
 from qcompiler.options import CompileOptions
 from qcompiler.passes import PassManager, PassResult, lowering_passes
+from qcompiler.passes.graph_inputs import PAGE_INPUTS
 from qcompiler.plan import CompilePlan, make_plan
 from qcompiler.progress import Progress
 from qcompiler.quality import Quality
@@ -50,6 +52,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     output = options.output_path
     check_output(options)
     plan = make_plan(options)
+    check_cache(plan)
     for note in plan.captured.notes:
         progress.note(note)
     check_resources(plan)
@@ -88,6 +91,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
             EmbeddingReport(layer.name, sizes.layer_bits(layer), layer.shared_with)
             for layer in plan.embeddings
         ],
+        kv_cache=options.kv_format or "plain",
     )
 
 
@@ -100,6 +104,19 @@ def check_output(options: CompileOptions) -> None:
     with writing(options.output_path):
         options.output_path.parent.mkdir(parents=True, exist_ok=True)
     check_destination(options.output_path, overwrite=options.overwrite)
+
+
+def check_cache(plan: CompilePlan) -> None:
+    """Refuse a quantized KV cache for a model that has none.
+
+    Raises:
+        InvalidInputError: The model is an encoder.
+    """
+    if plan.captured.kind != "decoder" and plan.options.kv_format is not None:
+        raise InvalidInputError(
+            f"kv_bits {plan.options.kv_bits} was given, but an encoder has no KV cache",
+            hint="Drop --kv-bits.",
+        )
 
 
 def check_gate(options: CompileOptions, quality: Quality | None) -> None:
@@ -124,7 +141,10 @@ def emit(
     """Lower the planned graph and write the artifact."""
     graph = copy.deepcopy(plan.quantized_graph)
     dump = plan.options.dump_graphs
-    manager = PassManager(lowering_passes(plan.captured.kind), dump_dir=dump and dump / "3-lowered")
+    manager = PassManager(
+        lowering_passes(plan.captured.kind, kv_format=plan.options.kv_format),
+        dump_dir=dump and dump / "3-lowered",
+    )
     plan.passes.extend(manager.run(graph))
     sizes = Sizes(plan)
     # Times and machines stay out of the artifact: the same input gives the same bytes.
@@ -138,6 +158,7 @@ def emit(
         ],
         "linears_skipped": [{"name": s.name, "reason": s.reason} for s in plan.skipped],
         "layers": [vars(layer) for layer in layers],
+        "kv_cache": kv_cache_report(plan, graph),
         "quality": quality.to_json() if quality else None,
         "passes": [passed(result) for result in plan.passes],
     }
@@ -150,6 +171,13 @@ def emit(
         report=lambda size: {**report, "bytes": size},
         overwrite=plan.options.overwrite,
     )
+
+
+def kv_cache_report(plan: CompilePlan, lowered: GraphModule) -> dict[str, Any]:
+    """What the cache stores: its format, and bytes per token over all layers."""
+    pages = [node.meta["val"] for node in lowered.graph.nodes if str(node.target).startswith(PAGE_INPUTS)]
+    per_token = sum(math.prod(page.shape[2:]) * page.dtype.itemsize for page in pages)
+    return {"format": plan.options.kv_format or "plain", "bytes_per_token": per_token}
 
 
 def tensors_of(graph: GraphModule, stream: WeightStream) -> Iterator[tuple[str, torch.Tensor]]:

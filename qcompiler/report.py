@@ -71,6 +71,7 @@ class CompileReport:
     layers: list[LayerReport] = field(default_factory=list)
     resumed_layers: int = 0
     embeddings: list[EmbeddingReport] = field(default_factory=list)
+    kv_cache: str = "plain"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict with the documented keys."""
@@ -99,6 +100,8 @@ class CompileReport:
             yield "embedding", f"{table.name}: {table.bits_per_weight:.3f} bits per weight{shared}"
         for reason, names in by_reason(self.linears_skipped).items():
             yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
+        if self.kv_cache != "plain":
+            yield "KV cache", f"{self.kv_cache}; the figures of quality are with it"
         gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
         yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
         yield (

@@ -12,7 +12,8 @@ Arguments are JSON values; what JSON lacks is tagged: {"ref": node or input},
 {"float": "inf" | "-inf" | "nan"}. Each op is looked up in `opset` and each
 argument checked against the op's schema; text is never evaluated. A node may
 only refer to nodes before it. Ops that write in place may do so only on values
-that the graph itself made, except that `kv_append` writes the page inputs.
+that the graph itself made, except that `kv_append` and `kv_append_quantized`
+write the page inputs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ _MEMORY_FORMATS = {
     "contiguous_format": torch.contiguous_format,
     "preserve_format": torch.preserve_format,
     "channels_last": torch.channels_last,
+}
+# Arguments through which an op may write to a graph input.
+_PAGE_WRITES = {
+    "qcompiler.kv_append.default": ("k_pages", "v_pages"),
+    "qcompiler.kv_append_quantized.default": ("k_pages", "v_pages", "k_scales", "v_scales"),
 }
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
@@ -232,10 +238,7 @@ class _Decoder:
             shared |= roots
             if alias.is_write:
                 self.written |= roots
-                paged = str(target) == "qcompiler.kv_append.default" and argument.name in (
-                    "k_pages",
-                    "v_pages",
-                )
+                paged = argument.name in _PAGE_WRITES.get(str(target), ())
                 foreign = {r for r in roots if r.startswith(("input ", "weight "))}
                 if foreign and not (paged and all(r.startswith("input ") for r in foreign)):
                     raise ArtifactError(f"{where}: writes in place to {min(foreign)}, which is not its own")

@@ -13,6 +13,7 @@ from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.kernels.providers import select_provider
 from qcompiler.runtime.artifact import Artifact, gpu_obstacle
 from qcompiler.runtime.graph import Graph, Node, Ref, Weight, bind
+from qcompiler.runtime.kv_bits import with_kv_bits
 from qcompiler.runtime.program import Program
 
 log = logging.getLogger(__name__)
@@ -63,29 +64,34 @@ def choose_device(artifact: Artifact, device: str | torch.device | None) -> torc
     return chosen
 
 
-def load_program(artifact: Artifact, device: torch.device, *, lean: bool = False) -> Program:
+def load_program(
+    artifact: Artifact, device: torch.device, *, lean: bool = False, kv_bits: str | int | None = None
+) -> Program:
     """Read the weights, prepare them for this device, and make the graph runnable.
 
     Args:
         artifact: A verified artifact.
         device: Where the weights go.
         lean: See `qcompiler.kernels.providers.select_provider`.
+        kv_bits: See `qcompiler.runtime.kv_bits.with_kv_bits`.
 
     Raises:
         ArtifactError: a tensor cannot be read or holds what it must not.
+        InvalidInputError: the cache cannot have so many bits.
     """
+    source = with_kv_bits(artifact.graph, kv_bits)
     loader = _Loader(artifact, device, lean)
-    nodes = [loader.node(node) for node in artifact.graph.nodes]
+    nodes = [loader.node(node) for node in source.nodes]
     for name in artifact.graph.weights:
         if loader.uses[name] > 0 and name not in loader.weights:
             loader.weights[name] = artifact.read(name, device)
     graph = Graph(
-        artifact.graph.kind,
-        artifact.graph.inputs,
+        source.kind,
+        source.inputs,
         list(loader.weights),
         nodes,
-        artifact.graph.outputs,
-        artifact.graph.written,
+        source.outputs,
+        source.written,
     )
     program = Program(graph, loader.weights, device)
     artifact.tensors.close()

@@ -57,7 +57,9 @@ def make_executor(
     sequences = _positive("max_sequences", max_sequences, 64 if gpu else 16, most=4096)
     step = _positive("max_step_tokens", max_step_tokens, 8192 if gpu else 1024, most=1 << 20)
     specs, fixed = page_specs(program.graph)
-    page_size = fixed or (64 if gpu else 16)
+    # A page as long as the attention kernels' tile of keys: 128 once a key is as short as a quantized one.
+    quantized = any(spec.dtype == torch.int16 for spec in specs)
+    page_size = fixed or ((128 if quantized else 64) if gpu else 16)
     page_bytes = page_size * sum(s.token_bytes for s in specs)
     per_sequence = -(-max_context // page_size)
     wanted = sequences * per_sequence

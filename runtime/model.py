@@ -59,6 +59,7 @@ def load(
     max_cache_tokens: int | None = None,
     cuda_graphs: bool = True,
     lean: bool = False,
+    kv_bits: str | int | None = None,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -71,6 +72,7 @@ def load(
         max_cache_tokens: Tokens that the KV cache holds; as many as memory allows, within reason, when None.
         cuda_graphs: Capture decode steps as CUDA graphs.
         lean: On a CPU, keep only packed weights: less memory, slower long prompts.
+        kv_bits: Of the KV cache: 16, 8, 4 or "fp8"; as the artifact was compiled when None.
 
     Returns:
         The model, ready to generate.
@@ -81,7 +83,7 @@ def load(
     """
     artifact = open_artifact(path, verify=verify)
     chosen = choose_device(artifact, device)
-    program = load_program(artifact, chosen, lean=lean)
+    program = load_program(artifact, chosen, lean=lean, kv_bits=kv_bits)
     if artifact.manifest.kind == "encoder":
         return Model(artifact, program, None)
     model = artifact.manifest.model

@@ -18,7 +18,7 @@ import torch
 from qcompiler.kernels.errors import ArtifactError
 
 # Version of each op library: raised when an op's meaning changes or a new op is needed.
-OP_LIBRARIES = {"aten": 1, "qcompiler": 1, "sym": 1}
+OP_LIBRARIES = {"aten": 1, "qcompiler": 2, "sym": 1}
 
 _ATEN = """
 abs.default add.Scalar add.Tensor add_.Tensor addmm.default alias.default all.default amax.default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_ker
 from qcompiler.kernels.triton.attention_prefill import prefill_kernel
 from qcompiler.kernels.triton.launch import next_power_of_2, on_device, sm_count
 
-_MIN_DOT = 16  # smallest tile side that `tl.dot` takes
+MIN_DOT = 16  # smallest tile side that `tl.dot` takes
 _MAX_SPLITS = 64
 
 
@@ -34,11 +35,9 @@ def prefill_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
         head_dim: Larger of the key and value head dimensions, padded to a power of two.
         itemsize: Bytes per element of the cache.
     """
-    block_m = min(max(next_power_of_2(rows), _MIN_DOT), 128)
+    block_m = min(max(next_power_of_2(rows), MIN_DOT), 128)
     if itemsize == 4:  # true fp32 products run on the plain ALUs and spill early
         return Tile(min(block_m, 32), 32, 8, 1) if head_dim <= 128 else Tile(16, 16, 8, 1)
-    if head_dim <= 64:
-        return Tile(block_m, 64, 4, 3)
     if head_dim <= 128:
         return Tile(block_m, 64, 8 if block_m == 128 else 4, 3)
     if head_dim <= 256:
@@ -48,7 +47,7 @@ def prefill_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
 
 def decode_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
     """Tile of the decode kernel; arguments as in `prefill_tile`, rows being the heads of a group."""
-    block_m = min(max(next_power_of_2(rows), _MIN_DOT), 64)
+    block_m = min(max(next_power_of_2(rows), MIN_DOT), 64)
     if itemsize == 4:
         return Tile(16, 32, 4, 1) if head_dim <= 128 else Tile(16, 16, 4 if head_dim <= 256 else 8, 1)
     if head_dim <= 256:
@@ -56,18 +55,47 @@ def decode_tile(rows: int, head_dim: int, itemsize: int) -> Tile:
     return Tile(min(block_m, 16), 32, 8, 2)
 
 
-def decode_splits(programs: int, max_keys: int, block_n: int, sms: int) -> int:
-    """Power-of-two number of key splits that gives every SM about two programs.
+def decode_splits(programs: int, max_keys: int, block_n: int, sms: int, per_sm: int = 2) -> int:
+    """Number of key splits with which all programs run at once.
 
     Args:
         programs: Programs without splitting (sequences · key heads · head tiles).
         max_keys: Most keys that a sequence can have (pages in its block table · page size, or the window).
         block_n: Keys per tile; a split is never smaller than two tiles.
         sms: Streaming multiprocessors.
+        per_sm: Programs that an SM is to hold.
     """
-    wanted = max(1, 2 * sms // max(programs, 1))
+    wanted = max(1, per_sm * sms // max(programs, 1))
     useful = max(1, max_keys // (2 * block_n))
-    return 1 << (min(wanted, useful, _MAX_SPLITS).bit_length() - 1)
+    return min(wanted, useful, _MAX_SPLITS)
+
+
+@functools.cache
+def uses_pdl(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def combine_splits(
+    partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, query_start: torch.Tensor
+) -> None:
+    """Merge what the splits of a decode kernel wrote into `out`, zeros for padding rows.
+
+    Args:
+        partial: Means float32 [sequences, heads, splits, channels].
+        lse: Log-sum-exps float32 [sequences, heads, splits], in log2 units.
+        out: [tokens, heads, channels].
+        query_start: int32 [sequences + 1].
+    """
+    sequences, heads, splits, channels = partial.shape
+    tokens = out.shape[0]
+    pdl = uses_pdl(out.device)
+    early = {"launch_pdl": True} if pdl else {}
+    combine_kernel[(max(sequences, tokens), heads)](
+        partial, lse, out, query_start, tokens, sequences, splits, out.stride(0), out.stride(1),
+        HEADS=heads, DV=channels, BLOCK_DV=padded(channels), SPLITS_P2=next_power_of_2(splits), PDL=pdl,
+        num_warps=4, **early,
+    )  # fmt: skip
 
 
 def attention(
@@ -190,7 +218,7 @@ def _prefill(
         return out
     q, k, v = _unit_stride(q, "q", True), _unit_stride(k, "k", not paged), _unit_stride(v, "v", not paged)
     group = heads // kv_heads
-    block_d, block_dv = _padded(head_dim), _padded(channels)
+    block_d, block_dv = padded(head_dim), padded(channels)
     tile = prefill_tile(max_query_len * group, max(block_d, block_dv), k.element_size())
     tile_heads = min(group, tile.block_m)
     tile_tokens = tile.block_m // tile_heads
@@ -234,9 +262,9 @@ def _decode(
     if out.numel() == 0:
         return out
     q = _unit_stride(q, "q", True)
-    k_pages, v_pages = _unit_stride(k_pages, "k_pages", False), _unit_stride(v_pages, "v_pages", False)
+    k_pages, v_pages = checked_pages(k_pages, "k_pages"), checked_pages(v_pages, "v_pages")
     group = heads // kv_heads
-    block_d, block_dv = _padded(head_dim), _padded(channels)
+    block_d, block_dv = padded(head_dim), padded(channels)
     tile = decode_tile(group, max(block_d, block_dv), k_pages.element_size())
     tile_heads = min(group, tile.block_m)
     sequences = seq_lens.shape[0]
@@ -253,27 +281,25 @@ def _decode(
     with on_device(q):
         decode_kernel[(splits, head_programs, sequences if splits > 1 else covered)](
             q, k_pages, v_pages, out, partial, lse, sinks, block_table, query_start, seq_lens,
-            tokens, sequences, scale, softcap,
+            tokens, sequences, splits, scale, softcap,
             q.stride(0), q.stride(1),
             *_cache_strides(k_pages), *_cache_strides(v_pages),
             block_table.stride(0), out.stride(0), out.stride(1),
             D=head_dim, DV=channels, BLOCK_D=block_d, BLOCK_DV=block_dv,
             GROUP=group, TILE_HEADS=tile_heads, KV_HEADS=kv_heads,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLITS=splits,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=splits > 1,
             CAUSAL=causal, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            PAGE_SIZE=page_size, PRECISION=_precision(q),
+            PAGE_SIZE=page_size, PRECISION=_precision(q), PDL=splits > 1 and uses_pdl(q.device),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if splits > 1:
-            combine_kernel[(covered, heads)](
-                partial, lse, out, query_start, tokens, sequences, out.stride(0), out.stride(1),
-                HEADS=heads, DV=channels, BLOCK_DV=block_dv, SPLITS=splits, num_warps=4,
-            )  # fmt: skip
+            combine_splits(partial, lse, out, query_start)
     return out
 
 
-def _padded(dim: int) -> int:
-    return max(next_power_of_2(dim), _MIN_DOT)
+def padded(dim: int) -> int:
+    """A head dimension as a block size: the power of two that holds it, no smaller than a dot's side."""
+    return max(next_power_of_2(dim), MIN_DOT)
 
 
 def _precision(q: torch.Tensor) -> str:
@@ -284,6 +310,15 @@ def _precision(q: torch.Tensor) -> str:
 def _cache_strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Strides (page, slot, head) of pages [pages, page_size, heads, D] or of keys [tokens, heads, D]."""
     return (x.stride(0), x.stride(1), x.stride(2)) if x.dim() == 4 else (0, x.stride(0), x.stride(1))
+
+
+def checked_pages(pages: torch.Tensor, name: str) -> torch.Tensor:
+    """The pages, whose channels must be neighbours.
+
+    Raises:
+        InvalidInputError: they are not.
+    """
+    return _unit_stride(pages, name, False)
 
 
 def _unit_stride(x: torch.Tensor, name: str, may_copy: bool) -> torch.Tensor:

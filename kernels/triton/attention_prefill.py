@@ -14,6 +14,73 @@ import triton.language as tl
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
 
 
+@triton.jit
+def find_tile(
+    query_start_ptr, block, tokens, sequences, TILE_TOKENS: tl.constexpr, SEQUENCES_P2: tl.constexpr
+):
+    """Whose rows a block of TILE_TOKENS tokens holds.
+
+    Returns:
+        The sequence, whether it is one (or the padding behind the last), its first token of the step, how
+        many tokens it has, and which of them the block begins with; none if that is not below their number.
+    """
+    # Sequence s owns the blocks from query_start[s] // TILE_TOKENS + s on, always enough of them. The rows
+    # after the last sequence are one more sequence without keys: its tiles write the zeros.
+    index = tl.arange(0, SEQUENCES_P2)
+    starts = tl.load(query_start_ptr + index, mask=index <= sequences, other=0)
+    owned = (index <= sequences) & (starts // TILE_TOKENS + index <= block)
+    sequence = tl.sum(owned.to(tl.int32), 0) - 1
+    first = tl.load(query_start_ptr + sequence)
+    is_sequence = sequence < sequences
+    last = tl.load(query_start_ptr + sequence + 1, mask=is_sequence, other=0)
+    last = tl.where(is_sequence, last, tokens)
+    first_token = (block - first // TILE_TOKENS - sequence) * TILE_TOKENS
+    return sequence, is_sequence, first, last - first, first_token
+
+
+@triton.jit
+def key_bounds(
+    position_low,
+    position_high,
+    keys,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Bounds of the loops over tiles of keys for the query positions [position_low, position_high].
+
+    Returns:
+        low, full_low, full_high, high: rows may see keys of [low, high), and all of [full_low, full_high).
+        All but `high` are multiples of BLOCK_N.
+    """
+    low = 0
+    high = keys
+    full_low = 0
+    full_high = keys
+    if CAUSAL:
+        high = tl.minimum(high, position_high + 1)
+        full_high = tl.minimum(full_high, position_low + 1)
+    if WINDOW > 0:
+        reach: tl.constexpr = WINDOW - 1 if CAUSAL else WINDOW
+        low = tl.maximum(low, position_low - reach)
+        full_low = tl.maximum(full_low, position_high - reach)
+        if not CAUSAL:
+            high = tl.minimum(high, position_high + WINDOW + 1)
+            full_high = tl.minimum(full_high, position_low + WINDOW + 1)
+    if CHUNK > 0:
+        low = tl.maximum(low, tl.maximum(position_low, 0) // CHUNK * CHUNK)
+        full_low = tl.maximum(full_low, tl.maximum(position_high, 0) // CHUNK * CHUNK)
+        high = tl.minimum(high, (tl.maximum(position_high, 0) // CHUNK + 1) * CHUNK)
+        full_high = tl.minimum(full_high, (tl.maximum(position_low, 0) // CHUNK + 1) * CHUNK)
+    low = low // BLOCK_N * BLOCK_N
+    full_low = (full_low + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    # Where no tile is full the first masked loop takes them all: low ≤ full_low ≤ full_high.
+    full_low = tl.maximum(tl.minimum(full_low, tl.cdiv(tl.maximum(high, 0), BLOCK_N) * BLOCK_N), low)
+    full_high = tl.maximum(tl.maximum(full_high, 0) // BLOCK_N * BLOCK_N, full_low)
+    return low, full_low, full_high, high
+
+
 @triton.jit(do_not_specialize=["tokens", "sequences"])
 def prefill_kernel(
     q_ptr,
@@ -66,18 +133,9 @@ def prefill_kernel(
     kv_head = tl.program_id(1) // head_tiles
     head_tile = tl.program_id(1) % head_tiles
 
-    # Sequence s owns the blocks from query_start[s] // TILE_TOKENS + s on, always enough of them. The rows
-    # after the last sequence are one more sequence without keys: its tiles write the zeros.
-    index = tl.arange(0, SEQUENCES_P2)
-    starts = tl.load(query_start_ptr + index, mask=index <= sequences, other=0)
-    owned = (index <= sequences) & (starts // TILE_TOKENS + index <= block)
-    sequence = tl.sum(owned.to(tl.int32), 0) - 1
-    first = tl.load(query_start_ptr + sequence)
-    is_sequence = sequence < sequences
-    last = tl.load(query_start_ptr + sequence + 1, mask=is_sequence, other=0)
-    last = tl.where(is_sequence, last, tokens)
-    first_token = (block - first // TILE_TOKENS - sequence) * TILE_TOKENS
-    length = last - first
+    sequence, is_sequence, first, length, first_token = find_tile(
+        query_start_ptr, block, tokens, sequences, TILE_TOKENS, SEQUENCES_P2
+    )
     if first_token >= length:
         return
     if PAGED:
@@ -98,33 +156,10 @@ def prefill_kernel(
     q_at = (first + token).to(tl.int64)[:, None] * stride_q_token + head[:, None] * stride_q_head + d[None, :]
     q = tl.load(q_ptr + q_at, mask=live[:, None] & (d[None, :] < D), other=0.0)
 
-    # Keys that some row of the tile may see: [low, high); that every row sees: [full_low, full_high).
     position_low = keys - length + first_token
-    position_high = tl.minimum(position_low + TILE_TOKENS, keys) - 1
-    low = 0
-    high = keys
-    full_low = 0
-    full_high = keys
-    if CAUSAL:
-        high = tl.minimum(high, position_high + 1)
-        full_high = tl.minimum(full_high, position_low + 1)
-    if WINDOW > 0:
-        reach: tl.constexpr = WINDOW - 1 if CAUSAL else WINDOW
-        low = tl.maximum(low, position_low - reach)
-        full_low = tl.maximum(full_low, position_high - reach)
-        if not CAUSAL:
-            high = tl.minimum(high, position_high + WINDOW + 1)
-            full_high = tl.minimum(full_high, position_low + WINDOW + 1)
-    if CHUNK > 0:
-        low = tl.maximum(low, tl.maximum(position_low, 0) // CHUNK * CHUNK)
-        full_low = tl.maximum(full_low, tl.maximum(position_high, 0) // CHUNK * CHUNK)
-        high = tl.minimum(high, (tl.maximum(position_high, 0) // CHUNK + 1) * CHUNK)
-        full_high = tl.minimum(full_high, (tl.maximum(position_low, 0) // CHUNK + 1) * CHUNK)
-    low = low // BLOCK_N * BLOCK_N
-    full_low = (full_low + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    # Where no tile is full the first masked loop takes them all: low ≤ full_low ≤ full_high.
-    full_low = tl.maximum(tl.minimum(full_low, tl.cdiv(tl.maximum(high, 0), BLOCK_N) * BLOCK_N), low)
-    full_high = tl.maximum(tl.maximum(full_high, 0) // BLOCK_N * BLOCK_N, full_low)
+    low, full_low, full_high, high = key_bounds(
+        position_low, tl.minimum(position_low + TILE_TOKENS, keys) - 1, keys, CAUSAL, WINDOW, CHUNK, BLOCK_N
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     if SINKS:
@@ -145,17 +180,19 @@ def prefill_kernel(
             acc, top, total, q, positions, low, full_low, keys, k_ptr, v_ptr, table, key_base,
             stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, scale, softcap,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGED, PAGE_SIZE, PRECISION,
-            True,
+            True, False,
         )  # fmt: skip
     acc, top, total = attend_tiles(
         acc, top, total, q, positions, full_low, full_high, keys, k_ptr, v_ptr, table, key_base,
         stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, scale, softcap,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGED, PAGE_SIZE, PRECISION, False,
+        False,
     )  # fmt: skip
     acc, top, total = attend_tiles(
         acc, top, total, q, positions, full_high, high, keys, k_ptr, v_ptr, table, key_base,
         stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, scale, softcap,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOW, CHUNK, SOFTCAP, PAGED, PAGE_SIZE, PRECISION, True,
+        False,
     )  # fmt: skip
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]

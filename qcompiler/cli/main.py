@@ -13,6 +13,7 @@ from qcompiler import __version__
 from qcompiler.cli.config_file import apply_config
 from qcompiler.cli.method_flags import collect, method_flags, typed
 from qcompiler.kernels.errors import QCompilerError
+from qcompiler.kernels.formats.kv_cache import KV_BITS
 from qcompiler.options import DTYPES, CompileOptions, parse_bits
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("--lm-head-bits", type=int, help="Quantize the output head too, at this width.")
 @click.option(
     "--embedding-bits", type=int, help="Quantize token embeddings too: 8 or 4; a tied head shares the table."
+)
+@click.option(
+    "--kv-bits", default="16", show_default=True, type=click.Choice(list(KV_BITS)), help="Of the KV cache."
 )
 @method_flags
 @click.option(

@@ -28,6 +28,7 @@ def command(
     repeats: int,
     device: str | None,
     lean: bool,
+    kv_bits: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -46,7 +47,9 @@ def command(
         ) from None
     if not all(1 <= b <= 1024 for b in sizes):
         raise InvalidInputError("--batch: sizes must be in [1, 1024]")
-    model = load_model(artifact, device, verbose=verbose, lean=lean, max_sequences=max(sizes))
+    model = load_model(
+        artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits, max_sequences=max(sizes)
+    )
     with console().status("warming up") as status:
         rows = bench(
             model,

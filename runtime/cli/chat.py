@@ -34,6 +34,7 @@ def command(
     message: str | None,
     device: str | None,
     lean: bool,
+    kv_bits: str | None,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -47,7 +48,7 @@ def command(
     SamplingParams.make(**options)
     if as_json and message is None:
         raise InvalidInputError("--json needs --message")
-    model = load_model(artifact, device, verbose=verbose, lean=lean)
+    model = load_model(artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     if message is not None:
         messages.append({"role": "user", "content": message})

@@ -33,6 +33,7 @@ def command(
     max_tokens: int | None,
     device: str | None,
     lean: bool,
+    kv_bits: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -46,7 +47,7 @@ def command(
     from qcompiler.runtime.evaluate import evaluate
 
     text = read_text(text_file)
-    model = load_model(artifact, device, verbose=verbose, lean=lean)
+    model = load_model(artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits)
     with Progress(console=console(), transient=True, disable=as_json) as progress:
         task = progress.add_task("scoring")
         result = evaluate(

@@ -35,6 +35,7 @@ def command(
     prompt_file: Path | None,
     device: str | None,
     lean: bool,
+    kv_bits: str | None,
     as_json: bool,
     verbose: bool,
     **options: Any,
@@ -54,7 +55,7 @@ def command(
         raise InvalidInputError(
             "no prompt was given", hint="Use --prompt TEXT, --prompt - or --prompt-file FILE."
         )
-    model = load_model(artifact, device, verbose=verbose, lean=lean)
+    model = load_model(artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits)
     if not as_json and len(prompts) == 1:
         pieces = model.generate(prompts[0], stream=True, **options)
         click.echo(prompts[0], nl=False)  # once the prompt has been accepted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.kernels.formats.kv_cache import KV_BITS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,10 @@ def common(function: F) -> F:
 
 
 def device(function: F) -> F:
-    """--device and --lean."""
+    """--device, --lean and --kv-bits."""
+    function = click.option(
+        "--kv-bits", type=click.Choice(list(KV_BITS)), help="Of the KV cache; default: as compiled."
+    )(function)
     function = click.option("--lean", is_flag=True, help="On a CPU: less memory, slower long prompts.")(
         function
     )

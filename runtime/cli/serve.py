@@ -41,6 +41,7 @@ def command(
     max_cache_tokens: int | None,
     device: str | None,
     lean: bool,
+    kv_bits: str | None,
     verbose: bool,
 ) -> None:
     """Serve an artifact by OpenAI's HTTP API, with a page to chat at /.
@@ -66,6 +67,7 @@ def command(
             device,
             verbose=verbose,
             lean=lean,
+            kv_bits=kv_bits,
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
             max_cache_tokens=max_cache_tokens,

@@ -6,13 +6,28 @@ Run as a script without TRITON_INTERPRET: inside the interpreter `triton.jit` gi
 from __future__ import annotations
 
 import json
+import re
 import sys
 
+import triton.language as tl
 from offline import compile_sm90
 
-from qcompiler.kernels.triton import activation, attention, grouped_linear, kv_append, norms, rotary
+from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
+from qcompiler.kernels.triton import (
+    activation,
+    attention,
+    attention_quantized,
+    grouped_linear,
+    kv_append,
+    kv_append_quantized,
+    kv_dequantize,
+    norms,
+    rotary,
+)
 from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_kernel
+from qcompiler.kernels.triton.attention_decode_quantized import decode_quantized_kernel
 from qcompiler.kernels.triton.attention_prefill import prefill_kernel
+from qcompiler.kernels.triton.attention_prefill_quantized import prefill_quantized_kernel
 
 _INT32 = ("table_ptr", "query_start_ptr", "seq_lens_ptr", "key_start_ptr", "offsets_ptr")
 _FLOAT32 = ("partial_ptr", "lse_ptr")
@@ -39,12 +54,72 @@ def argument_types(kernel, element):
     return types
 
 
+def quantized_types(kernel, element, fmt):
+    """Types of the kernels over a quantized cache: codes int16, scales of 4 bytes."""
+    types = argument_types(kernel, element)
+    words = {"words_ptr", "k_pages_ptr", "v_pages_ptr"} | ({"k_ptr", "v_ptr"} if "q_ptr" in types else set())
+    for name in types:
+        if name.endswith("scales_ptr"):
+            types[name] = "*i32" if fmt == "int4" else "*fp32"
+        elif name in words:
+            types[name] = "*i16"
+    return types
+
+
+def quantized_variants():
+    rich = {"WINDOW": 1024, "SOFTCAP": True, "SINKS": True}
+    for fmt, element, dim, page_size, options in (
+        ("int4", "bf16", 128, 128, {}), ("int4", "fp16", 64, 16, {}), ("int8", "bf16", 128, 128, rich),
+        ("int8", "bf16", 256, 64, {}), ("fp8", "fp16", 80, 64, {}),
+    ):  # fmt: skip
+        exact = element == "fp32"
+        chosen = kv_format(fmt)
+        words = chosen.words(dim)
+        block = max(attention.next_power_of_2(words), attention.MIN_DOT)
+        half = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element]
+        shape = {
+            "FORMAT": fmt, "PLANES": chosen.planes, "WK": words, "WV": words, "BLOCK_WK": block,
+            "BLOCK_WV": block, "PAGE_SIZE": page_size, "K_DTYPE": half,
+            "V_DTYPE": half if exact else tl.bfloat16, "COMPILED": True,
+            "stride_ks_slot": 1, "stride_vs_slot": 1,
+        } | options  # fmt: skip
+        for name, kernel, tile in (
+            (
+                "prefill_quantized",
+                prefill_quantized_kernel,
+                attention_quantized.prefill_quantized_tile(4096, chosen.planes * block, exact),
+            ),
+            (
+                "decode_quantized",
+                decode_quantized_kernel,
+                attention_quantized.decode_quantized_tile(4, chosen.planes * block, page_size, exact),
+            ),
+        ):
+            columns = {"COLUMNS": attention_quantized.scale_columns(tile)}
+            constants = attention_constants(kernel, dim, element, tile, 4, shape | columns)
+            yield name, kernel, element, tile.num_warps, tile.num_stages, constants
+        if dim != 128:
+            continue
+        made = {
+            "FORMAT": fmt, "HEADS": 8, "D": dim, "W": words, "BLOCK_W": block, "BLOCK_P": 32,
+            "PAGE_SIZE": page_size, "stride_s_slot": 1,
+        }  # fmt: skip
+        yield "dequantize_pages", kv_dequantize.dequantize_pages_kernel, element, 4, 2, made
+        append = {
+            "FORMAT": fmt, "PLANES": chosen.planes, "HEADS": 8, "BLOCK_H": 8, "D": dim, "DV": dim,
+            "WK": words, "WV": words, "BLOCK_WK": attention.next_power_of_2(words),
+            "BLOCK_WV": attention.next_power_of_2(words), "LEAST": smallest_scale(fmt),
+            "PAGE_SIZE": page_size,
+        }  # fmt: skip
+        yield "kv_append_quantized", kv_append_quantized.kv_append_quantized_kernel, element, 4, 2, append
+
+
 def attention_constants(kernel, dim, element, tile, group, options):
     tile_heads = min(group, tile.block_m)
     constants = {
-        "D": dim, "DV": dim, "BLOCK_D": attention._padded(dim), "BLOCK_DV": attention._padded(dim),
+        "D": dim, "DV": dim, "BLOCK_D": attention.padded(dim), "BLOCK_DV": attention.padded(dim),
         "GROUP": group, "TILE_HEADS": tile_heads, "TILE_TOKENS": tile.block_m // tile_heads, "KV_HEADS": 8,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLITS": 16,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLIT": True, "PDL": True,
         "CAUSAL": True, "WINDOW": 0, "CHUNK": 0, "SOFTCAP": False, "SINKS": False, "PAGED": True,
         "PAGE_SIZE": 16, "PRECISION": "ieee" if element == "fp32" else "tf32",
     } | options  # fmt: skip
@@ -58,8 +133,8 @@ def attention_constants(kernel, dim, element, tile, group, options):
 def attention_variants():
     rich = {"WINDOW": 1024, "SOFTCAP": True, "SINKS": True}
     for element, dim, options in (
-        ("bf16", 64, rich), ("bf16", 128, {}), ("bf16", 128, rich), ("bf16", 256, {}),
-        ("bf16", 128, {"PAGED": False, "CAUSAL": False}), ("fp32", 128, {}),
+        ("bf16", 64, rich), ("bf16", 128, {"PAGE_SIZE": 64}), ("bf16", 128, {}), ("bf16", 128, rich),
+        ("bf16", 256, {}), ("bf16", 128, {"PAGED": False, "CAUSAL": False}), ("fp32", 128, {}),
     ):  # fmt: skip
         tile = attention.prefill_tile(4096, dim, _ITEMSIZE[element])
         yield (
@@ -72,6 +147,7 @@ def attention_variants():
         )
     for element, dim, options in (
         ("bf16", 64, {}),
+        ("bf16", 128, {"PAGE_SIZE": 64}),
         ("bf16", 128, rich),
         ("bf16", 256, {}),
         ("fp32", 128, {}),
@@ -85,7 +161,8 @@ def attention_variants():
             tile.num_stages,
             attention_constants(decode_kernel, dim, element, tile, 4, options),
         )
-    yield "combine", combine_kernel, "bf16", 4, 2, {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS": 32}
+    combine = {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS_P2": 64, "PDL": True}
+    yield "combine", combine_kernel, "bf16", 4, 2, combine
 
 
 def other_variants():
@@ -116,9 +193,17 @@ def other_variants():
         yield "grouped_linear", grouped_linear.grouped_linear_kernel, "bf16", warps, stages, grouped
 
 
+def _buffers(ttgir):
+    """How many tiles of keys or values each pipelined load of two dimensions holds."""
+    return [int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x", ttgir)]
+
+
 def main():
-    for name, kernel, element, warps, stages, constants in (*attention_variants(), *other_variants()):
-        types = {k: t for k, t in argument_types(kernel, element).items() if k not in constants}
+    variants = (*attention_variants(), *quantized_variants(), *other_variants())
+    for name, kernel, element, warps, stages, constants in variants:
+        fmt = constants.get("FORMAT")
+        types = argument_types(kernel, element) if fmt is None else quantized_types(kernel, element, fmt)
+        types = {k: t for k, t in types.items() if k not in constants}
         compiled = compile_sm90(kernel, types, constants, num_warps=warps, num_stages=stages)
         report = {
             "kernel": name,
@@ -128,6 +213,8 @@ def main():
             "spill_bytes": compiled.spill_bytes,
             "shared_bytes": compiled.shared_bytes,
             "wgmma": compiled.ttgir.count("warp_group_dot "),
+            "fewest_buffers": min(_buffers(compiled.ttgir), default=0),
+            "shared_stores": sum(compiled.loop()[op] for op in ("STS", "STSM")),
             "narrow_loads": any(f"LDG.E.{width}" in compiled.sass for width in ("U8", "U16")),
         }
         sys.stdout.write(json.dumps(report) + "\n")

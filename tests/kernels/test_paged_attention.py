@@ -100,7 +100,6 @@ def test_splits_fill_the_gpu_without_splitting_tiles(programs, max_keys):
     from qcompiler.kernels.triton.attention import decode_splits
 
     splits = decode_splits(programs, max_keys, 64, 132)
-    assert splits & (splits - 1) == 0
     assert splits == 1 or max_keys // splits >= 2 * 64
     assert splits == 1 or programs * splits <= 2 * 132
 

@@ -13,6 +13,7 @@ import pytest
 _SCRIPT = Path(__file__).with_name("sm90_variants.py")
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one program may have on sm_90
 _ELEMENTWISE = {"rms_norm", "layer_norm", "silu", "gelu", "kv_append", "rotary"}
+_QUANTIZED = {"prefill_quantized", "decode_quantized", "kv_append_quantized", "dequantize_pages"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def variants():
 
 def test_every_kernel_compiles(variants):
     attention = {"prefill", "decode", "combine"}
-    assert {v["kernel"] for v in variants} == attention | _ELEMENTWISE | {"grouped_linear"}
+    wanted = attention | _QUANTIZED | _ELEMENTWISE | {"grouped_linear"}
+    assert {v["kernel"] for v in variants} == wanted
 
 
 def test_nothing_spills(variants):
@@ -44,7 +46,21 @@ def test_shared_memory_fits(variants):
 
 
 def test_16_bit_prefill_runs_on_the_tensor_cores_of_hopper(variants):
-    assert all(v["wgmma"] >= 2 for v in variants if v["kernel"] == "prefill" and v["element"] == "bf16")
+    prefill = [v for v in variants if v["kernel"].startswith("prefill") and v["element"] != "fp32"]
+    assert all(v["wgmma"] >= 2 for v in prefill)
+
+
+def test_keys_and_values_are_loaded_while_others_are_computed_with(variants):
+    # one buffer would mean that a tile is loaded only once the one before it is done with
+    pipelined = ("prefill", "decode", "prefill_quantized", "decode_quantized")
+    cached = [v for v in variants if v["kernel"] in pipelined and v["element"] != "fp32"]
+    assert [v for v in cached if v["fewest_buffers"] < 2] == []
+
+
+def test_codes_reach_the_matrix_unit_of_decode_from_registers(variants):
+    # stores to shared memory: the weights of the second product and the sums over warps, no dequantized tile
+    decode = [v for v in variants if v["kernel"] == "decode_quantized" and v["element"] != "fp32"]
+    assert [v for v in decode if v["shared_stores"] > 12] == []
 
 
 def test_memory_bound_kernels_never_load_single_elements(variants):

@@ -58,6 +58,30 @@ def test_each_layer_appends_to_its_pages_and_reads_them(lab):
     assert str(gm.graph) == text
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_a_quantized_cache_holds_codes_and_scales_of_its_format(lab, name):
+    x = torch.randn(1, 9, 16)
+    model = Layers()
+    gm, rounded = lab.export(model, x, dynamic=1), lab.export(model, x, dynamic=1)
+    assert InsertRagged(kv_format=name).run(rounded).matched == 2
+    assert InsertPagedKVCache(kv_format=name).run(gm).matched == 2
+    pages = [f"{side}_{kind}_{i}" for i in (0, 1) for kind in ("pages", "scales") for side in "kv"]
+    inputs = {n.target: n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"}
+    assert list(inputs) == ["x", *CACHE_INPUTS, *pages]
+    calls = [str(n.target) for n in gm.graph.nodes if "_quantized" in str(n.target)]
+    ops = ["qcompiler.kv_append_quantized.default", "qcompiler.paged_attention_quantized.default"]
+    assert calls == ops * 2
+    caches = [torch.zeros(3, 4, *inputs[n].shape[2:], dtype=inputs[n].dtype) for n in pages]
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    slots = torch.tensor([8, 9, 10, 11, 0, 1, 2, 3, 4])
+    starts, lens = torch.tensor([0, 9], dtype=torch.int32), torch.tensor([9], dtype=torch.int32)
+    got = gm(x, slots, table, starts, lens, 9, *caches)
+    # what quality is measured with is what the cache gives
+    assert lab.difference(got, rounded(x, starts, 9)) < 1e-6
+    assert caches[0].count_nonzero() > 0
+    assert InsertPagedKVCache(kv_format=name).run(gm).matched == 0
+
+
 def test_shapes_of_the_inputs_are_symbolic_and_typed(lab):
     gm = lab.export(Layers(), torch.randn(1, 9, 16), dynamic=1)
     InsertPagedKVCache(kv_dtype=torch.float16).run(gm)
