@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
+from qcompiler.methods import fused_affine
 from qcompiler.methods.base import Method
 
 # Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
@@ -59,9 +60,19 @@ class AffineMethod(Method):
         *,
         name: str = "weight",
     ) -> dict[str, Tensor]:
-        """See `Method.quantize`."""
+        """See `Method.quantize`; on a GPU with Triton by one kernel where the method has one."""
+        if fused_affine.available(weight, spec):
+            resolved = self.validate(options)
+            check_weight(weight, spec, name)
+            tensors = self.fused(weight, spec, resolved)
+            if tensors is not None:
+                return tensors
         solution = self.solve(weight, spec, options, name=name)
         return AFFINE.pack(spec, solution.codes, solution.scales, solution.zeros)
+
+    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """What `quantize` gives for a checked weight, by a kernel; None if the method has none."""
+        return None
 
     def solve(
         self,

@@ -21,35 +21,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec
-from qcompiler.methods import hqq_reference
+from qcompiler.methods import fused_affine, hqq_reference
 from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_weight, store
 from qcompiler.methods.base import MethodOption
 
-
-class _Search(NamedTuple):
-    """Starting clips of the range on either side, `clips` values from `low` to `high`, and the rounds."""
-
-    low: float
-    high: float
-    clips: int
-    rounds: int = 2
-    last_rounds: int = 3
-
-
 # The fewer the levels, the more of a group's range the best line leaves out.
-_SEARCH = {
-    2: _Search(0.40, 0.90, 5),
-    3: _Search(0.55, 1.00, 5),
-    4: _Search(0.75, 1.05, 5),
-    5: _Search(0.85, 1.03, 4),
-    6: _Search(0.92, 1.02, 4),
-    8: _Search(0.98, 1.00, 2),
+SEARCHES = {
+    2: Search(0.40, 0.90, 5),
+    3: Search(0.55, 1.00, 5),
+    4: Search(0.75, 1.05, 5),
+    5: Search(0.85, 1.03, 4),
+    6: Search(0.92, 1.02, 4),
+    8: Search(0.98, 1.00, 2),
 }
 _FEWEST_ROWS = 32  # fewer do not tell the size of their columns; all count the same then
 _COLUMN_LIMIT = 4.0  # a column counts as at most so many times larger or smaller than the average
@@ -98,6 +88,18 @@ class HQQ(AffineMethod):
             for codes, scales, zeros in hqq_reference.solve(sides, spec.bits)
         ]
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
+
+    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """See `AffineMethod.fused`; the published solver runs in torch."""
+        if options["solver"] != "search":
+            return None
+        # As in `solve`, the columns of a last group that is short are measured apart from the others.
+        whole = weight.shape[1] // spec.group_size * spec.group_size
+        sides = [side for side in (weight[:, :whole], weight[:, whole:]) if side.shape[1]]
+        inverse, inverse_square = zip(*(self.statistics(side, options) for side in sides), strict=True)
+        return fused_affine.quantize(
+            weight, spec, SEARCHES[spec.bits], (torch.cat(inverse), torch.cat(inverse_square))
+        )
 
     def statistics(self, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """1/c and (average c / c)² of the columns' sizes c, limited; both fp32 [columns]."""
@@ -168,7 +170,7 @@ class _Fit:
 
 def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     """The lines of least weighted squared error found for groups of weights, as stored."""
-    search = _SEARCH[spec.bits]
+    search = SEARCHES[spec.bits]
     top = float(2**spec.bits - 1)
     low, high = values.aminmax(dim=1, keepdim=True)
     spread = (high - low).clamp_min(torch.finfo(torch.float32).tiny)

@@ -5,10 +5,14 @@ scale = (max - min) / (2^bits - 1), zero = -min / scale, code = round(w / scale 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompiler.kernels.formats.affine import AffineSpec
+from qcompiler.methods import fused_affine
 from qcompiler.methods.affine import AffineMethod, Groups, store
 
 
@@ -25,3 +29,7 @@ class RoundToNearest(AffineMethod):
         scales, zeros = store((high - low) / top, low, torch.maximum(-low, high), spec)
         codes = torch.round(values / scales + zeros).clamp_(0.0, top)
         return Groups(codes, scales, zeros)
+
+    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """See `AffineMethod.fused`."""
+        return fused_affine.quantize(weight, spec)
