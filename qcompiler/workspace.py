@@ -20,8 +20,8 @@ from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from qcompiler.emit.shards import write_safetensors
 from qcompiler.kernels.errors import InvalidInputError
 
 _STATE = "state.json"
@@ -83,8 +83,9 @@ class Workspace:
         name = f"{len(self._finished):05d}.safetensors"
         target, temporary = self.path / name, self.path / f"{name}.tmp"
         with writing(self.path):
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
-            entry = {"layer": layer, "file": name, "sha256": _sync_and_digest(temporary), "info": info}
+            temporary.unlink(missing_ok=True)  # of a run that was killed
+            written = write_safetensors(temporary, {k: v.cpu().contiguous() for k, v in tensors.items()})
+            entry = {"layer": layer, "file": name, "sha256": written.sha256, "info": info}
             temporary.replace(target)
             with (self.path / _JOURNAL).open("a", encoding="utf-8") as journal:
                 journal.write(json.dumps(entry) + "\n")
@@ -208,10 +209,4 @@ def writing(path: Path) -> Iterator[None]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
