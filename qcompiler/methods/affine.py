@@ -62,16 +62,16 @@ class AffineMethod(Method):
     ) -> dict[str, Tensor]:
         """See `Method.quantize`; on a GPU with Triton by one kernel where the method has one."""
         if fused_affine.available(weight, spec):
-            resolved = self.validate(options)
-            check_weight(weight, spec, name)
-            tensors = self.fused(weight, spec, resolved)
+            tensors = self.fused(weight, spec, self.validate(options), name)
             if tensors is not None:
                 return tensors
         solution = self.solve(weight, spec, options, name=name)
         return AFFINE.pack(spec, solution.codes, solution.scales, solution.zeros)
 
-    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """What `quantize` gives for a checked weight, by a kernel; None if the method has none."""
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor] | None:
+        """What `quantize` gives, and raises, by a kernel; None if the method has none for these options."""
         return None
 
     def solve(
@@ -173,6 +173,15 @@ def check_weight(weight: Tensor, spec: AffineSpec, name: str) -> None:
             f"{name}: {bad} of {weight.numel()} weights are NaN or infinite",
             hint="The checkpoint is damaged or overflowed in its dtype; this tensor cannot be quantized.",
         )
+    check_range(low, high, spec, name)
+
+
+def check_range(low: float, high: float, spec: AffineSpec, name: str) -> None:
+    """Refuse a weight between `low` and `high`, both finite, that the scale dtype cannot serve.
+
+    Raises:
+        InvalidInputError: Too large or too small for `spec.scale_dtype`.
+    """
     codes = 2**spec.bits - 1
     info = torch.finfo(spec.scale_dtype)
     largest = max(abs(low), abs(high))

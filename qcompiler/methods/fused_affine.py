@@ -8,12 +8,16 @@ either may be kept; on one device the same weight always gives the same bytes.
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec
+
+if TYPE_CHECKING:
+    from qcompiler.kernels.triton.column_statistics import ColumnStatistics
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,15 +32,22 @@ def available(weight: Tensor, spec: AffineSpec) -> bool:
     )
 
 
+def columns(weight: Tensor, factor: float, limit: float) -> ColumnStatistics:
+    """See `column_statistics`."""
+    from qcompiler.kernels.triton.column_statistics import column_statistics
+
+    return column_statistics(weight, factor, limit)
+
+
 def quantize(
     weight: Tensor,
     spec: AffineSpec,
     search: Search | None = None,
-    columns: tuple[Tensor, Tensor] | None = None,
+    inverses: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The affine format's tensors of a weight that `check_weight` let pass; see `affine_search`."""
+    """The affine format's tensors of a weight; of one that `check_weight` refuses, anything."""
     from qcompiler.kernels.triton.affine_pack import affine_pack
     from qcompiler.kernels.triton.affine_search import affine_search
 
-    codes, scales, zeros = affine_search(weight.contiguous(), spec, search, columns)
+    codes, scales, zeros = affine_search(weight.contiguous(), spec, search, inverses)
     return {**affine_pack(codes, spec), "scales": scales, "zeros": zeros}

@@ -29,7 +29,7 @@ from torch import Tensor
 from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.methods import fused_affine, hqq_reference
-from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_weight, store
+from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_range, check_weight, store
 from qcompiler.methods.base import MethodOption
 
 # The fewer the levels, the more of a group's range the best line leaves out.
@@ -42,6 +42,7 @@ SEARCHES = {
     8: Search(0.98, 1.00, 2),
 }
 _FEWEST_ROWS = 32  # fewer do not tell the size of their columns; all count the same then
+_NORMAL = math.sqrt(math.pi / 2)  # root mean square over mean magnitude of normal weights
 _COLUMN_LIMIT = 4.0  # a column counts as at most so many times larger or smaller than the average
 
 
@@ -89,24 +90,38 @@ class HQQ(AffineMethod):
         ]
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
 
-    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor] | None:
         """See `AffineMethod.fused`; the published solver runs in torch."""
         if options["solver"] != "search":
             return None
-        # As in `solve`, the columns of a last group that is short are measured apart from the others.
-        whole = weight.shape[1] // spec.group_size * spec.group_size
-        sides = [side for side in (weight[:, :whole], weight[:, whole:]) if side.shape[1]]
-        inverse, inverse_square = zip(*(self.statistics(side, options) for side in sides), strict=True)
-        return fused_affine.quantize(
-            weight, spec, SEARCHES[spec.bits], (torch.cat(inverse), torch.cat(inverse_square))
-        )
+        search = SEARCHES[spec.bits]
+        if weight.shape[1] % spec.group_size:
+            # As in `solve`, the columns of a last group that is short are measured apart from the others.
+            check_weight(weight, spec, name)
+            whole = weight.shape[1] // spec.group_size * spec.group_size
+            sides = [side for side in (weight[:, :whole], weight[:, whole:]) if side.shape[1]]
+            inverse, inverse_square = zip(*(self.statistics(side, options) for side in sides), strict=True)
+            columns = torch.cat(inverse), torch.cat(inverse_square)
+            return fused_affine.quantize(weight, spec, search, columns)
+        weight = weight.contiguous()
+        limit = _COLUMN_LIMIT if weight.shape[0] >= _FEWEST_ROWS else 1.0
+        found = fused_affine.columns(weight, _NORMAL / weight.shape[0], limit)
+        tensors = fused_affine.quantize(weight, spec, search, (found.inverse, found.inverse_square))
+        # Looked at last: waiting for the GPU before its work is in the queue would leave it idle.
+        low, high, squares = found.summary.tolist()
+        if math.isfinite(squares):
+            check_range(low, high, spec, name)
+        else:
+            check_weight(weight, spec, name)
+        return tensors
 
     def statistics(self, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """1/c and (average c / c)² of the columns' sizes c, limited; both fp32 [columns]."""
-        # The mean magnitude, unlike the root mean square, does not let one outlier decide for its column;
-        # the factor makes them equal for normal weights.
+        # The mean magnitude, unlike the root mean square, does not let one outlier decide for its column.
         sums = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float32)
-        columns = sums * (math.sqrt(math.pi / 2) / weight.shape[0])
+        columns = sums * (_NORMAL / weight.shape[0])
         average = columns.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         relative = (columns / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
         if weight.shape[0] < _FEWEST_ROWS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.methods import fused_affine
-from qcompiler.methods.affine import AffineMethod, Groups, store
+from qcompiler.methods.affine import AffineMethod, Groups, check_weight, store
 
 
 class RoundToNearest(AffineMethod):
@@ -30,6 +30,9 @@ class RoundToNearest(AffineMethod):
         codes = torch.round(values / scales + zeros).clamp_(0.0, top)
         return Groups(codes, scales, zeros)
 
-    def fused(self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor]:
         """See `AffineMethod.fused`."""
+        check_weight(weight, spec, name)
         return fused_affine.quantize(weight, spec)

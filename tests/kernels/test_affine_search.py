@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,9 +11,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from devices import on_triton, on_triton_wide
 
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
 from qcompiler.kernels.triton.affine_pack import affine_pack
 from qcompiler.kernels.triton.affine_search import affine_search
+from qcompiler.kernels.triton.column_statistics import column_statistics
 from qcompiler.methods.base import get_method
 from qcompiler.methods.hqq import SEARCHES
 
@@ -32,7 +36,7 @@ def weight(rows, columns, target, seed=0):
     return w.to(device, dtype)
 
 
-def column_statistics(w, spec):
+def inverses(w, spec):
     """As `HQQ.fused` takes them: a last group that is short is measured apart."""
     whole = w.shape[1] // spec.group_size * spec.group_size
     sides = [side for side in (w[:, :whole], w[:, whole:]) if side.shape[1]]
@@ -49,7 +53,7 @@ def objective(w, codes, scales, zeros, spec):
     """Σ u·(w - (q - z)·s)², by row."""
     columns = w.shape[1]
     error = (codes.float() - per_weight(zeros, spec, columns)) * per_weight(scales, spec, columns) - w.float()
-    return (get_method("hqq").importance(w.float(), column_statistics(w, spec)) * error.square()).sum(1)
+    return (get_method("hqq").importance(w.float(), inverses(w, spec)) * error.square()).sum(1)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def objective(w, codes, scales, zeros, spec):
 @on_triton_wide
 def test_the_search_finds_what_the_solver_in_torch_finds(target, bits, size, columns):
     w, spec = weight(24, columns, target), AffineSpec(bits, size)
-    codes, scales, zeros = affine_search(w, spec, SEARCHES[bits], column_statistics(w, spec))
+    codes, scales, zeros = affine_search(w, spec, SEARCHES[bits], inverses(w, spec))
     expected = get_method("hqq").solve(w, spec)
     found = objective(w, codes, scales.t(), zeros.t(), spec)
     wanted = objective(w, *expected, spec)
@@ -119,6 +123,34 @@ def test_scales_are_as_their_dtype_holds_them(target, dtype):
     assert torch.equal(zeros.t().float(), expected.zeros)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 70), (100, 300), (1500, 64)])
+@on_triton
+def test_column_statistics_are_those_of_the_solver_in_torch(target, rows, columns):
+    w = weight(rows, columns, target)
+    found = column_statistics(w, math.sqrt(math.pi / 2) / rows, 4.0 if rows >= 32 else 1.0)
+    inverse, inverse_square = get_method("hqq").statistics(w, {})
+    torch.testing.assert_close(found.inverse, inverse, rtol=2e-5, atol=0)
+    torch.testing.assert_close(found.inverse_square, inverse_square, rtol=4e-5, atol=0)
+    low, high, squares = found.summary.tolist()
+    assert (low, high) == tuple(float(bound) for bound in w.aminmax())
+    assert math.isfinite(squares)
+    for bad in (float("nan"), float("inf")):
+        w[7, columns - 1] = bad
+        assert not math.isfinite(column_statistics(w, 1.0, 4.0).summary[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["hqq", "rtn"])
+def test_a_weight_on_a_gpu_is_refused_as_on_a_cpu(method):
+    for value, told in ((float("nan"), "1 of 65536"), (1e9, "beyond the range"), (1e-9, "too small")):
+        w = torch.zeros(256, 256)
+        w[3, 5] = value
+        for device in ("cpu", "cuda"):
+            with pytest.raises(InvalidInputError, match=told):
+                get_method(method).quantize(w.to(device), AffineSpec(4))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", ["hqq", "rtn"])
@@ -126,9 +158,9 @@ def test_scales_are_as_their_dtype_holds_them(target, dtype):
 def test_a_weight_on_a_gpu_is_quantized_by_the_kernel_always_to_the_same_bytes(method, dtype, monkeypatch):
     from qcompiler.methods.affine import AffineMethod
 
-    w = weight(1000, 1096, ("cuda", dtype))
+    w = weight(1000, 1088, ("cuda", dtype))
     for bits in BITS:
-        spec = AffineSpec(bits, 64)
+        spec = AffineSpec(bits, 128 if bits == 3 else 64)  # with a short last group, and without
         on_cpu = get_method(method).quantize(w.cpu(), spec)
         with monkeypatch.context() as patch:
             patch.setattr(AffineMethod, "solve", None)  # not reached

@@ -51,6 +51,20 @@ LIMITS = {
 }
 OTHERS = {
     "rounding": variant(64, search=False),
+    "column sums": offline.Variant(
+        "qcompiler.kernels.triton.column_statistics:column_sums_kernel",
+        {"weight": "*bf16", "sums": "*fp32", "bounds": "*fp32", "N": "i32:16", "K": "i32:16"}
+        | {"rows_per_split": "i32:16"},
+        {"ROWS": 16, "COLUMNS": 256},
+    ),
+    "column sizes": offline.Variant(
+        "qcompiler.kernels.triton.column_statistics:column_sizes_kernel",
+        dict.fromkeys(("sums", "bounds", "inverse", "inverse_square", "summary"), "*fp32")
+        | dict.fromkeys(("K", "splits", "programs"), "i32:16")
+        | dict.fromkeys(("factor", "limit"), "fp32"),
+        {"SPLITS": 16, "PROGRAMS": 1024, "COLUMNS": 1024},
+        16,
+    ),
     "packing 4 bits": packing(4, 0, 64),
     "packing 3 bits": packing(2, 1, 32),
     "packing 8 bits, ragged": packing(8, 0, 64, even=False),
