@@ -14,7 +14,7 @@ import torch
 
 from qcompiler.checkpoint.files import StoredTensor, find_tensors
 from qcompiler.checkpoint.mapping import Recipe, build_recipes, convert
-from qcompiler.checkpoint.read import read_tensor
+from qcompiler.checkpoint.read import read_soon, read_tensor
 from qcompiler.kernels.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class Checkpoint:
             name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group
         }
         return sum(self._stored[name].nbytes for name in used)
+
+    def read_soon(self, limit: int) -> None:
+        """Have the system read ahead up to `limit` bytes of the files, in the order of their names."""
+        read_soon(sorted({stored.file for stored in self._stored.values()}), limit)
 
     def untied(self) -> list[str]:
         """Names of tensors that the model ties but the checkpoint stores twice with different values.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qcompiler.capture import ModelSource
 from qcompiler.capture.matrix import Family
-from qcompiler.checkpoint import Checkpoint, load_config, locate
+from qcompiler.checkpoint import Checkpoint, load_config, locate, read
 from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
@@ -284,3 +284,20 @@ def test_unknown_parameter_name(folder: Path) -> None:
     assert checkpoint is not None
     with pytest.raises(InvalidInputError, match="no parameter 'nothing'"):
         checkpoint.tensor("nothing")
+
+
+def test_files_are_announced_to_the_system_up_to_a_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[tuple[str, int]] = []
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        advised.append((os.path.realpath(f"/proc/self/fd/{descriptor}"), start))
+        if len(advised) == 1:
+            raise OSError("this file system takes no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    files = [folder / "gone.safetensors", *sorted(folder.glob("*.safetensors"))]
+    assert len(files) > 3
+    read._advise(files, files[2].stat().st_size + files[3].stat().st_size)
+    assert advised == [(str(file), 0) for file in files[1:4]]  # what fails does not count

@@ -185,11 +185,11 @@ def test_fault_20_a_full_disk_keeps_the_work_and_says_so(random_llama, artifact_
 
     real, calls = qcompiler.workspace.write_safetensors, []
 
-    def full_after_three(path, tensors):
+    def full_after_three(path, tensors, **options):
         calls.append(path)
         if len(calls) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(path, tensors)
+        return real(path, tensors, **options)
 
     monkeypatch.setattr(qcompiler.workspace, "write_safetensors", full_after_three)
     code, _, stderr, out = artifact_of(random_llama)
