@@ -28,6 +28,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
     },
+    "llama3-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
     "llama-500m": {
         "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 14, "num_attention_heads": 12,
         "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 4096,
@@ -41,12 +45,19 @@ SHAPES: dict[str, dict[str, int]] = {
 _RANDOM = 1 << 22
 
 
-def make_checkpoint(shape: str, folder: Path) -> int:
-    """Write a llama checkpoint with a shard per layer; returns the bytes of its largest tensor."""
+def make_checkpoint(shape: str, folder: Path, layers: int | None = None) -> int:
+    """Write a llama checkpoint with a shard per layer; returns the bytes of its largest tensor.
+
+    Args:
+        shape: Key of `SHAPES`.
+        folder: Where to; must not exist.
+        layers: So many layers instead of all.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False)
+    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -183,12 +183,15 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     widths = ((layer.out_features // layer.experts, layer.in_features) for layer in plan.linears)
     widest = max((size for pair in widths for size in pair), default=0)
     head = max(weights, default=0) * plan.dtype.itemsize
+    # While one weight is worked on, the next is read; three shards are collected or being written.
+    read = max((x.out_features * x.in_features * plan.dtype.itemsize for x in plan.layers), default=0)
+    shards = min(3 * _SHARD_BYTES, Sizes(plan).bytes)
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
     work = max(solver, evaluation)
     if plan.device.type == "cuda":
-        return _BASE_BYTES + 2 * head + _SHARD_BYTES, work
-    return _BASE_BYTES + max(work, head + _SHARD_BYTES), 0
+        return _BASE_BYTES + max(2 * read, 2 * head + shards), work
+    return _BASE_BYTES + max(solver + read, evaluation, 2 * head + shards), 0
 
 
 def disk_needed(sizes: Sizes) -> int:

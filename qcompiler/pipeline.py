@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from qcompiler import __version__
+from qcompiler.capture import ModelSource
 from qcompiler.checkpoint.identity import checkpoint_fingerprint
 from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
 from qcompiler.estimate import check_resources
@@ -51,7 +52,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     started = time.perf_counter()
     output = options.output_path
     check_output(options)
-    plan = make_plan(options)
+    plan = make_plan(options, opened=read_soon)
     check_cache(plan)
     for note in plan.captured.notes:
         progress.note(note)
@@ -93,6 +94,14 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         ],
         kv_cache=options.kv_format or "plain",
     )
+
+
+def read_soon(source: ModelSource) -> None:
+    """Let the disk work while the model is captured, as far as free memory goes."""
+    import psutil
+
+    if source.checkpoint is not None:
+        source.checkpoint.read_soon(psutil.virtual_memory().available // 2)
 
 
 def check_output(options: CompileOptions) -> None:

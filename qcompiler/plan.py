@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -108,8 +109,14 @@ class CompilePlan:
         return {} if path is None else read_json(path)
 
 
-def make_plan(options: CompileOptions) -> CompilePlan:
+def make_plan(
+    options: CompileOptions, *, opened: Callable[[ModelSource], None] = lambda _source: None
+) -> CompilePlan:
     """Capture the model and decide what happens to each linear. Reads shapes, never weights.
+
+    Args:
+        options: What to compile, and how.
+        opened: Told of the checkpoint before the capture, which takes a while.
 
     Raises:
         InvalidInputError: An option does not fit the method, the model or the machine.
@@ -122,6 +129,7 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     source = ModelSource.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, revision=options.revision
     )
+    opened(source)
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     captured = capture(source, dtype, max_context=options.max_context)
     passes = PassManager(canonical_passes(), dump_dir=_dump(options, "1-canonical")).run(captured.graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from qcompiler.calibrate_plan import calibrate_plan
 from qcompiler.calibration import Calibration
 from qcompiler.kernels.formats import get_format
 from qcompiler.methods.calibrated import CalibratedMethod
+from qcompiler.overlap import Behind, ahead
 from qcompiler.passes import QuantizedLinear
 from qcompiler.passes.quantized_weights import expert_matrices
 from qcompiler.passes.weights import Quantized, recipe_of, resolve
@@ -24,7 +26,8 @@ from qcompiler.workspace import Workspace
 class WeightStream:
     """Final tensors of a planned graph by name: from the checkpoint, or quantized and kept in the workspace.
 
-    Holds the tensors of one layer at most; of experts, fp32 copies of one matrix at a time.
+    Holds the tensors of one layer, the weight of the next, which is read meanwhile, and what is still being
+    written of the one before; of experts, fp32 copies of one matrix at a time.
     """
 
     def __init__(self, plan: CompilePlan, workspace: Workspace):
@@ -45,13 +48,24 @@ class WeightStream:
         """Quantize every planned linear that the workspace does not hold yet."""
         if isinstance(self._plan.method, CalibratedMethod):
             self._calibration = calibrate_plan(self._plan, self._workspace, progress)
+        calibrated = {} if self._calibration is None else self._calibration.specs
+        # Their weights, in this order, are read by one thread alone; finished layers are not read again.
+        read = [x for x in self._plan.layers if x.name in calibrated or not self._workspace.finished(x.name)]
+        done = {x.name: self._workspace.finished(x.name) for x in self._plan.layers if x not in read}
         reports = []
-        with progress.stage("quantize", len(self._plan.layers)) as advance:
+        with (
+            closing(ahead(read, self._plan_weight)) as weights,
+            Behind() as behind,
+            progress.stage("quantize", len(self._plan.layers)) as advance,
+        ):
             for layer in self._plan.layers:
-                if self._calibration is not None and layer.name in self._calibration.specs:
-                    info = self._calibrated(layer, self._calibration)
-                else:
-                    info = self._workspace.finished(layer.name) or self._quantize(layer)
+                info = done.get(layer.name)
+                if info is None and self._calibration is not None and layer.name in calibrated:
+                    info = self._calibrated(layer, next(weights), self._calibration)
+                elif info is None:
+                    stored, info = self._quantize(layer, next(weights))
+                    behind.submit(self._workspace.store, layer.name, stored, info)
+                    del stored
                 reports.append(LayerReport(**info))
                 advance(layer.name)
         return reports
@@ -75,19 +89,22 @@ class WeightStream:
             self._kept = (recipe.name, holder(recipe.name))
         return self._kept[1]
 
-    def _calibrated(self, layer: QuantizedLinear, calibration: Calibration) -> dict[str, Any]:
-        weight = self._plan_weight(layer).float()
-        error, total = squared_error(weight, layer, calibration.tensors(layer.name))
+    def _calibrated(
+        self, layer: QuantizedLinear, weight: torch.Tensor, calibration: Calibration
+    ) -> dict[str, Any]:
+        error, total = squared_error(weight.float(), layer, calibration.tensors(layer.name))
         return report_of(layer, error / total if total else 0.0)
 
     def _plan_weight(self, layer: QuantizedLinear) -> torch.Tensor:
         """The layer's float weight as the checkpoint holds it."""
         return resolve(recipe_of(self._plan.captured.graph, layer.weight), self._plan.checkpoint.tensor)
 
-    def _quantize(self, layer: QuantizedLinear) -> dict[str, Any]:
+    def _quantize(
+        self, layer: QuantizedLinear, weight: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A layer's stored tensors, and the fields of its report."""
         plan, format_ = self._plan, get_format(layer.format)
         method, options = plan.method_of(layer)
-        weight = self._plan_weight(layer)
         experts = layer.kind == "experts"
         matrices = expert_matrices(weight, transposed=layer.transposed) if experts else [weight]
         parts, error, total = [], 0.0, 0.0
@@ -100,9 +117,7 @@ class WeightStream:
             error, total = error + squares[0], total + squares[1]
             parts.append({part: tensor.cpu() for part, tensor in tensors.items()} if experts else tensors)
         report = report_of(layer, error / total if total else 0.0)
-        stored = format_.concat(layer.spec, parts) if experts else dict(parts[0])
-        self._workspace.store(layer.name, stored, report)
-        return report
+        return (format_.concat(layer.spec, parts) if experts else dict(parts[0])), report
 
 
 def report_of(layer: QuantizedLinear, relative_error: float) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The folder of an unfinished compilation: finished layers, a journal, and a lock.
 
 It stands beside the output as `<output>.resume`. A layer's tensors are written
-to a temporary name, synced and renamed, and only then named in the journal, so
-that a kill at any moment leaves a prefix of the work that can be trusted.
+to a temporary name and renamed, and only then named in the journal with their
+digest, so that a kill at any moment leaves a prefix of the work. The disk is not
+waited for: what a power cut keeps from it fails its digest and is done again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from qcompiler.emit.shards import write_safetensors
 from qcompiler.kernels.errors import InvalidInputError
 
 _STATE = "state.json"
@@ -79,17 +80,17 @@ class Workspace:
         return None if entry is None else entry["info"]
 
     def store(self, layer: str, tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> None:
-        """Keep a layer's tensors durably; `info` must be JSON-able."""
+        """Keep a layer's tensors; `info` must be JSON-able."""
         name = f"{len(self._finished):05d}.safetensors"
         target, temporary = self.path / name, self.path / f"{name}.tmp"
         with writing(self.path):
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary)
-            entry = {"layer": layer, "file": name, "sha256": _sync_and_digest(temporary), "info": info}
+            temporary.unlink(missing_ok=True)  # of a run that was killed
+            held = {k: v.cpu().contiguous() for k, v in tensors.items()}
+            written = write_safetensors(temporary, held, sync=False)
+            entry = {"layer": layer, "file": name, "sha256": written.sha256, "info": info}
             temporary.replace(target)
             with (self.path / _JOURNAL).open("a", encoding="utf-8") as journal:
                 journal.write(json.dumps(entry) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
         self._finished[layer] = entry
 
     def load(self, layer: str) -> dict[str, torch.Tensor]:
@@ -208,10 +209,4 @@ def writing(path: Path) -> Iterator[None]:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

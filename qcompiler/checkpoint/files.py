@@ -37,12 +37,14 @@ class StoredTensor:
         dtype: safetensors' name of the dtype, e.g. "BF16".
         shape: Its shape.
         nbytes: Bytes of data.
+        begin: Where in the file they begin.
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int
 
 
 def locate(model: str | Path, *, code: bool = False, revision: str | None = None) -> Path:
@@ -226,7 +228,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    found = {name: _entry(file, name, entry) for name, entry in header.items()}
+    found = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
     spans = sorted(entry["data_offsets"] for entry in header.values())
     end = 0
     for begin, stop in spans:
@@ -250,7 +252,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _entry(file: Path, name: str, entry: Any) -> StoredTensor:
+def _entry(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _damaged(file, f"its entry for {name!r} is no object")
     dtype: Any = entry.get("dtype")
@@ -267,7 +269,7 @@ def _entry(file: Path, name: str, entry: Any) -> StoredTensor:
     nbytes = math.prod(shape) * _ITEM_BITS[dtype] // 8
     if offsets[1] - offsets[0] != nbytes:
         raise _damaged(file, f"{name!r} needs {nbytes} bytes but has {offsets[1] - offsets[0]}")
-    return StoredTensor(file, dtype, tuple(shape), nbytes)
+    return StoredTensor(file, dtype, tuple(shape), nbytes, data + offsets[0])
 
 
 def _damaged(file: Path, reason: str) -> InvalidInputError:

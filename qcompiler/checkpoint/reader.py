@@ -1,7 +1,7 @@
 """Reads a safetensors checkpoint one parameter at a time, under the names that the transformers model uses.
 
-Files are memory-mapped by safetensors; a parameter that is assembled from
-several stored tensors (stacked experts) costs its own size, never the model's.
+A parameter costs its own size, never the model's, also where it is assembled from several stored tensors
+(stacked experts).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from qcompiler.checkpoint.files import StoredTensor, find_tensors
 from qcompiler.checkpoint.mapping import Recipe, build_recipes, convert
+from qcompiler.checkpoint.read import read_soon, read_tensor
 from qcompiler.kernels.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Unmap the files; tensors already read stay valid."""
+        """Forget what was read ahead; tensors already read stay valid."""
         self._siblings.clear()
 
     def names(self) -> list[str]:
@@ -85,6 +85,10 @@ class Checkpoint:
             name for recipe in self._recipes.values() for group in recipe.sources.values() for name in group
         }
         return sum(self._stored[name].nbytes for name in used)
+
+    def read_soon(self, limit: int) -> None:
+        """Have the system read ahead up to `limit` bytes of the files, in the order of their names."""
+        read_soon(sorted({stored.file for stored in self._stored.values()}), limit)
 
     def untied(self) -> list[str]:
         """Names of tensors that the model ties but the checkpoint stores twice with different values.
@@ -118,7 +122,7 @@ class Checkpoint:
             fqn: Name in the model's state dict; tied names give the same tensor.
 
         Returns:
-            A CPU tensor; a plain (not converted) one is a view of the mapped file and must not be written to.
+            A CPU tensor.
 
         Raises:
             InvalidInputError: No such parameter, or its stored tensors do not make up its shape.
@@ -155,16 +159,7 @@ class Checkpoint:
         return next(n for n, k in self._tied.items() if k == kept and n in self._recipes)
 
     def _read(self, name: str) -> torch.Tensor:
-        file = self._stored[name].file
-        try:
-            # Mapped anew for each tensor: pages of a mapping count as resident until it is gone, so a
-            # mapping kept open would let a compile appear (and be killed) as large as its checkpoint.
-            with safe_open(file, framework="pt", device="cpu") as mapped:
-                return mapped.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidInputError(
-                f"{file.name} cannot be read: {error}", hint="Download the file again."
-            ) from error
+        return read_tensor(name, self._stored[name])
 
     def _check(self) -> None:
         missing = [n for n in self._wanted if n not in self._recipes and not self._has_tied_source(n)]

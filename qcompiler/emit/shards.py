@@ -1,7 +1,8 @@
 """Weight shards: safetensors files written from a stream of tensors in bounded memory, always the same bytes.
 
 Tensors are collected until a shard is full, then written sorted by alignment
-and name, so that the bytes depend on the tensors and their order alone.
+and name, so that the bytes depend on the tensors and their order alone. Full
+shards are written beside the collecting of the next.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from qcompiler.runtime.manifest import FileEntry
 from qcompiler.runtime.tensorfile import DTYPE_NAMES
 
 SHARD_BYTES = 256 << 20
+_WRITERS = 2  # shards written, hashed and synced at a time, while the next is collected
 _WRITE_BYTES = 16 << 20
 
 
@@ -38,40 +41,43 @@ def write_shards(
     Raises:
         InvalidInputError: a name occurs twice or a dtype cannot be stored.
     """
-    shards: list[tuple[Path, FileEntry]] = []
+    shards: list[tuple[Path, Future[FileEntry]]] = []
     seen: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     pending: dict[str, torch.Tensor] = {}
     size = 0
 
     def flush() -> None:
         nonlocal size
+        if len(shards) >= _WRITERS:
+            shards[-_WRITERS][1].result()
         path = folder / f"weights-{len(shards) + 1:05d}.safetensors"
-        shards.append((path, write_safetensors(path, pending)))
+        shards.append((path, pool.submit(write_safetensors, path, dict(pending))))
         pending.clear()
         size = 0
 
-    for name, tensor in tensors:
-        if name in seen:
-            raise InvalidInputError(f"tensor {name!r} is written twice")
-        if tensor.dtype not in DTYPE_NAMES or tensor.is_meta:
-            raise InvalidInputError(f"tensor {name!r} ({tensor.dtype}, {tensor.device}) cannot be stored")
-        if pending and size + tensor.nbytes > shard_bytes:
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="shard") as pool:
+        for name, tensor in tensors:
+            if name in seen:
+                raise InvalidInputError(f"tensor {name!r} is written twice")
+            if tensor.dtype not in DTYPE_NAMES or tensor.is_meta:
+                raise InvalidInputError(f"tensor {name!r} ({tensor.dtype}, {tensor.device}) cannot be stored")
+            if pending and size + tensor.nbytes > shard_bytes:
+                flush()
+            seen[name] = (tensor.dtype, tuple(tensor.shape))
+            pending[name] = tensor.detach().to("cpu").contiguous()
+            size += tensor.nbytes
+        if pending or not shards:
             flush()
-        seen[name] = (tensor.dtype, tuple(tensor.shape))
-        pending[name] = tensor.detach().to("cpu").contiguous()
-        size += tensor.nbytes
-    if pending or not shards:
-        flush()
     entries = {}
-    for index, (path, entry) in enumerate(shards, start=1):
+    for index, (path, written) in enumerate(shards, start=1):
         final = f"weights-{index:05d}-of-{len(shards):05d}.safetensors"
+        entries[final] = written.result()
         path.rename(folder / final)
-        entries[final] = entry
     return entries, seen
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry:
-    """Write contiguous CPU tensors as one safetensors file without copying them; fsyncs it."""
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], *, sync: bool = True) -> FileEntry:
+    """Write contiguous CPU tensors as one safetensors file without copying them, and fsync it."""
     order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -98,5 +104,6 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileEntry
                 f.write(raw[start : start + _WRITE_BYTES])
                 digest.update(raw[start : start + _WRITE_BYTES])
         f.flush()
-        os.fsync(f.fileno())
+        if sync:
+            os.fsync(f.fileno())
     return FileEntry(8 + len(text) + offset, digest.hexdigest())

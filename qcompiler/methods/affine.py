@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
+from qcompiler.methods import fused_affine
 from qcompiler.methods.base import Method
 
 # Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
@@ -59,9 +60,19 @@ class AffineMethod(Method):
         *,
         name: str = "weight",
     ) -> dict[str, Tensor]:
-        """See `Method.quantize`."""
+        """See `Method.quantize`; on a GPU with Triton by one kernel where the method has one."""
+        if fused_affine.available(weight, spec):
+            tensors = self.fused(weight, spec, self.validate(options), name)
+            if tensors is not None:
+                return tensors
         solution = self.solve(weight, spec, options, name=name)
         return AFFINE.pack(spec, solution.codes, solution.scales, solution.zeros)
+
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor] | None:
+        """What `quantize` gives, and raises, by a kernel; None if the method has none for these options."""
+        return None
 
     def solve(
         self,
@@ -162,6 +173,15 @@ def check_weight(weight: Tensor, spec: AffineSpec, name: str) -> None:
             f"{name}: {bad} of {weight.numel()} weights are NaN or infinite",
             hint="The checkpoint is damaged or overflowed in its dtype; this tensor cannot be quantized.",
         )
+    check_range(low, high, spec, name)
+
+
+def check_range(low: float, high: float, spec: AffineSpec, name: str) -> None:
+    """Refuse a weight between `low` and `high`, both finite, that the scale dtype cannot serve.
+
+    Raises:
+        InvalidInputError: Too large or too small for `spec.scale_dtype`.
+    """
     codes = 2**spec.bits - 1
     info = torch.finfo(spec.scale_dtype)
     largest = max(abs(low), abs(high))

@@ -21,37 +21,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec
-from qcompiler.methods import hqq_reference
-from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_weight, store
+from qcompiler.methods import fused_affine, hqq_reference
+from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_range, check_weight, store
 from qcompiler.methods.base import MethodOption
 
-
-class _Search(NamedTuple):
-    """Starting clips of the range on either side, `clips` values from `low` to `high`, and the rounds."""
-
-    low: float
-    high: float
-    clips: int
-    rounds: int = 2
-    last_rounds: int = 3
-
-
 # The fewer the levels, the more of a group's range the best line leaves out.
-_SEARCH = {
-    2: _Search(0.40, 0.90, 5),
-    3: _Search(0.55, 1.00, 5),
-    4: _Search(0.75, 1.05, 5),
-    5: _Search(0.85, 1.03, 4),
-    6: _Search(0.92, 1.02, 4),
-    8: _Search(0.98, 1.00, 2),
+SEARCHES = {
+    2: Search(0.40, 0.90, 5),
+    3: Search(0.55, 1.00, 5),
+    4: Search(0.75, 1.05, 5),
+    5: Search(0.85, 1.03, 4),
+    6: Search(0.92, 1.02, 4),
+    8: Search(0.98, 1.00, 2),
 }
 _FEWEST_ROWS = 32  # fewer do not tell the size of their columns; all count the same then
+_NORMAL = math.sqrt(math.pi / 2)  # root mean square over mean magnitude of normal weights
 _COLUMN_LIMIT = 4.0  # a column counts as at most so many times larger or smaller than the average
 
 
@@ -99,12 +90,38 @@ class HQQ(AffineMethod):
         ]
         return Solution(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
 
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor] | None:
+        """See `AffineMethod.fused`; the published solver runs in torch."""
+        if options["solver"] != "search":
+            return None
+        search = SEARCHES[spec.bits]
+        if weight.shape[1] % spec.group_size:
+            # As in `solve`, the columns of a last group that is short are measured apart from the others.
+            check_weight(weight, spec, name)
+            whole = weight.shape[1] // spec.group_size * spec.group_size
+            sides = [side for side in (weight[:, :whole], weight[:, whole:]) if side.shape[1]]
+            inverse, inverse_square = zip(*(self.statistics(side, options) for side in sides), strict=True)
+            columns = torch.cat(inverse), torch.cat(inverse_square)
+            return fused_affine.quantize(weight, spec, search, columns)
+        weight = weight.contiguous()
+        limit = _COLUMN_LIMIT if weight.shape[0] >= _FEWEST_ROWS else 1.0
+        found = fused_affine.columns(weight, _NORMAL / weight.shape[0], limit)
+        tensors = fused_affine.quantize(weight, spec, search, (found.inverse, found.inverse_square))
+        # Looked at last: waiting for the GPU before its work is in the queue would leave it idle.
+        low, high, squares = found.summary.tolist()
+        if math.isfinite(squares):
+            check_range(low, high, spec, name)
+        else:
+            check_weight(weight, spec, name)
+        return tensors
+
     def statistics(self, weight: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """1/c and (average c / c)² of the columns' sizes c, limited; both fp32 [columns]."""
-        # The mean magnitude, unlike the root mean square, does not let one outlier decide for its column;
-        # the factor makes them equal for normal weights.
+        # The mean magnitude, unlike the root mean square, does not let one outlier decide for its column.
         sums = torch.linalg.vector_norm(weight, ord=1, dim=0, dtype=torch.float32)
-        columns = sums * (math.sqrt(math.pi / 2) / weight.shape[0])
+        columns = sums * (_NORMAL / weight.shape[0])
         average = columns.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         relative = (columns / average).clamp(1 / _COLUMN_LIMIT, _COLUMN_LIMIT)
         if weight.shape[0] < _FEWEST_ROWS:
@@ -168,7 +185,7 @@ class _Fit:
 
 def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     """The lines of least weighted squared error found for groups of weights, as stored."""
-    search = _SEARCH[spec.bits]
+    search = SEARCHES[spec.bits]
     top = float(2**spec.bits - 1)
     low, high = values.aminmax(dim=1, keepdim=True)
     spread = (high - low).clamp_min(torch.finfo(torch.float32).tiny)

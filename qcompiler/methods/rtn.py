@@ -5,11 +5,15 @@ scale = (max - min) / (2^bits - 1), zero = -min / scale, code = round(w / scale 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompiler.kernels.formats.affine import AffineSpec
-from qcompiler.methods.affine import AffineMethod, Groups, store
+from qcompiler.methods import fused_affine
+from qcompiler.methods.affine import AffineMethod, Groups, check_weight, store
 
 
 class RoundToNearest(AffineMethod):
@@ -25,3 +29,10 @@ class RoundToNearest(AffineMethod):
         scales, zeros = store((high - low) / top, low, torch.maximum(-low, high), spec)
         codes = torch.round(values / scales + zeros).clamp_(0.0, top)
         return Groups(codes, scales, zeros)
+
+    def fused(
+        self, weight: Tensor, spec: AffineSpec, options: Mapping[str, Any], name: str
+    ) -> dict[str, Tensor]:
+        """See `AffineMethod.fused`."""
+        check_weight(weight, spec, name)
+        return fused_affine.quantize(weight, spec)

