@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from torch.fx import GraphModule
 
 from qcompiler import __version__
 from qcompiler.checkpoint.identity import checkpoint_fingerprint
-from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
+from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, write_artifact
+from qcompiler.emit.targets import ARTIFACT, check_destinations, emission_path, emit_targets
 from qcompiler.estimate import check_resources
 from qcompiler.kernels.errors import QualityGateError
 from qcompiler.measure import measure_quality
@@ -47,7 +49,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     """
     progress = progress or Progress()
     started = time.perf_counter()
-    output = options.output_path
+    output = emission_path(options, ARTIFACT)
     check_output(options)
     plan = make_plan(options)
     for note in plan.captured.notes:
@@ -68,9 +70,12 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         with writing(output):
             written = emit(plan, stream, layers, quality)
         workspace.discard()
+    emissions = emit_targets(plan.options, progress)
+    if ARTIFACT not in options.emit:
+        shutil.rmtree(output)
     sizes = Sizes(plan)
     return CompileReport(
-        output=str(output),
+        output=str(options.output_path),
         bytes=written.nbytes,
         bits_per_weight=sizes.bits_per_weight,
         bits_per_weight_linears=sizes.bits_per_weight_linears,
@@ -88,6 +93,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
             EmbeddingReport(layer.name, sizes.layer_bits(layer), layer.shared_with)
             for layer in plan.embeddings
         ],
+        emissions=emissions,
     )
 
 
@@ -99,7 +105,7 @@ def check_output(options: CompileOptions) -> None:
     """
     with writing(options.output_path):
         options.output_path.parent.mkdir(parents=True, exist_ok=True)
-    check_destination(options.output_path, overwrite=options.overwrite)
+    check_destinations(options)
 
 
 def check_gate(options: CompileOptions, quality: Quality | None) -> None:
@@ -142,7 +148,7 @@ def emit(
         "passes": [passed(result) for result in plan.passes],
     }
     return write_artifact(
-        plan.options.output_path,
+        emission_path(plan.options, ARTIFACT),
         graph,
         tensors_of(graph, stream),
         info=artifact_info(plan, sizes),

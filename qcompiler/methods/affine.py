@@ -8,7 +8,7 @@ thing: codes, scales and zeros of equal groups.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
-from qcompiler.methods.base import Method
+from qcompiler.methods.base import Method, MethodOption
+from qcompiler.methods.integer_zeros import OPTION as ZEROS
+from qcompiler.methods.integer_zeros import integer_groups
 
 # Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
 _CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -43,6 +45,7 @@ class AffineMethod(Method):
 
     format_name: ClassVar[str] = AFFINE.name
     bits: ClassVar[tuple[int, ...]] = BITS
+    options: ClassVar[Mapping[str, MethodOption]] = {"zeros": ZEROS}
 
     def resolve_spec(
         self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
@@ -117,7 +120,10 @@ class AffineMethod(Method):
             if importance is not None:
                 importance = importance.reshape(-1, size)
             groups = part.reshape(-1, size)
-            found = _constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
+            if options["zeros"] == "integer":
+                found = Groups(*integer_groups(groups, spec, importance, self.clips(spec)))
+            else:
+                found = _constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
             codes[start : start + step] = found.codes.reshape(part.shape).to(torch.uint8)
             scales[start : start + step] = found.scales.reshape(part.shape[0], -1)
             zeros[start : start + step] = found.zeros.reshape(part.shape[0], -1)
@@ -130,6 +136,10 @@ class AffineMethod(Method):
     def importance(self, rows: Tensor, statistics: Any) -> Tensor | None:
         """Weight of each element's squared error, positive fp32 of the shape of `rows`; None: all alike."""
         return None
+
+    def clips(self, spec: AffineSpec) -> Sequence[float]:
+        """Where the search for integer zero points starts; see `integer_groups`."""
+        return ()
 
     @abstractmethod
     def solve_groups(self, values: Tensor, spec: AffineSpec, importance: Tensor | None) -> Groups:

@@ -20,16 +20,18 @@ it) changes nothing, and large weights count somewhat more than small ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.methods import hqq_reference
 from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_weight, store
 from qcompiler.methods.base import MethodOption
+from qcompiler.methods.integer_zeros import OPTION as ZEROS
 
 
 class _Search(NamedTuple):
@@ -40,6 +42,11 @@ class _Search(NamedTuple):
     clips: int
     rounds: int = 2
     last_rounds: int = 3
+
+    def starts(self) -> list[float]:
+        """The clips."""
+        step = (self.high - self.low) / (self.clips - 1)
+        return [self.low + step * i for i in range(self.clips)]
 
 
 # The fewer the levels, the more of a group's range the best line leaves out.
@@ -65,7 +72,8 @@ class HQQ(AffineMethod):
             "search",
             ("search", "reference"),
             "search: ours, lower error at the same size; reference: the published solver, exactly",
-        )
+        ),
+        "zeros": ZEROS,
     }
 
     def solve(
@@ -82,8 +90,13 @@ class HQQ(AffineMethod):
         The reference solver's scales and zeros are left in fp32, as the package gives them before they are
         stored, and `chunk_weights` does not apply to it.
         """
-        if self.validate(options)["solver"] == "search":
+        resolved = self.validate(options)
+        if resolved["solver"] == "search":
             return super().solve(weight, spec, options, name=name, chunk_weights=chunk_weights)
+        if resolved["zeros"] == "integer":
+            raise InvalidInputError(
+                "the published hqq solver has no integer zero points", hint="Drop --hqq-solver reference."
+            )
         check_weight(weight, spec, name)
         rows, columns = weight.shape
         size = spec.group_size or columns
@@ -115,6 +128,10 @@ class HQQ(AffineMethod):
         """See `AffineMethod.importance`: c⁻²·sqrt(1 + (w/c)²), in units of the average column."""
         inverse, inverse_square = statistics
         return (rows * inverse).square_().add_(1.0).sqrt_().mul_(inverse_square)
+
+    def clips(self, spec: AffineSpec) -> Sequence[float]:
+        """See `AffineMethod.clips`: those of the search."""
+        return _SEARCH[spec.bits].starts()
 
     def solve_groups(self, values: Tensor, spec: AffineSpec, importance: Tensor | None) -> Groups:
         """See `AffineMethod.solve_groups`."""
@@ -175,8 +192,7 @@ def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     mean = (values * u).sum(dim=1, keepdim=True)
     fit = _Fit((values - mean) / spread, u, top)
     below, above = (low - mean) / spread, (high - mean) / spread
-    step = (search.high - search.low) / (search.clips - 1)
-    clips = [search.low + step * i for i in range(search.clips)]
+    clips = search.starts()
     for clip_low in clips:
         for clip_high in clips:
             start = clip_low * below
