@@ -76,6 +76,15 @@ class HQQ(AffineMethod):
         "zeros": ZEROS,
     }
 
+    def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `Method.validate`; the published solver knows no integer zero points."""
+        resolved = super().validate(options)
+        if resolved["solver"] == "reference" and resolved["zeros"] == "integer":
+            raise InvalidInputError(
+                "the published hqq solver has no integer zero points", hint="Drop --hqq-solver reference."
+            )
+        return resolved
+
     def solve(
         self,
         weight: Tensor,
@@ -90,13 +99,8 @@ class HQQ(AffineMethod):
         The reference solver's scales and zeros are left in fp32, as the package gives them before they are
         stored, and `chunk_weights` does not apply to it.
         """
-        resolved = self.validate(options)
-        if resolved["solver"] == "search":
+        if self.validate(options)["solver"] == "search":
             return super().solve(weight, spec, options, name=name, chunk_weights=chunk_weights)
-        if resolved["zeros"] == "integer":
-            raise InvalidInputError(
-                "the published hqq solver has no integer zero points", hint="Drop --hqq-solver reference."
-            )
         check_weight(weight, spec, name)
         rows, columns = weight.shape
         size = spec.group_size or columns

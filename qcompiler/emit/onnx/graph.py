@@ -101,6 +101,12 @@ def translate_graph(
     Raises:
         UnsupportedModelError: ONNX cannot say a part of it; names node and op.
     """
+    for node in graph.nodes:
+        if node.op.startswith("qcompiler.grouped_"):
+            raise UnsupportedModelError(
+                f"graph node {node.name!r}: ONNX emission does not know mixtures of experts ({node.op})",
+                hint="Emit the artifact alone.",
+            )
     decoder = graph.kind == "decoder"
     obstacle = grouped_query_obstacle(graph) if decoder and not options.plain_attention else None
     t = Translation(

@@ -91,8 +91,9 @@ def _rotary(t: Translation, call: Call) -> Value:
     x, interleaved = t.tensor(call["x"]), bool(call["interleaved"])
     tables = [t.tensor(call[part], x.dtype) for part in ("cos", "sin")]
     rotated = tables[0].shape[-1]
-    if not isinstance(rotated, int) or len(x.shape) != 4 or len(tables[0].shape) != 3:
-        raise t.refuse("rotates by tables of a shape that RotaryEmbedding does not take")
+    tables = [_one_table(t, table) for table in tables]
+    if not isinstance(rotated, int) or len(x.shape) != 4:
+        raise t.refuse(f"rotates {x.shape}, not [1, heads, tokens, size]")
     # Both halves of a table are equal (or each entry stands twice in a row); ONNX takes them once.
     halves = [_half_table(t, table, rotated, interleaved) for table in tables]
     name = t.call(
@@ -102,6 +103,20 @@ def _rotary(t: Translation, call: Call) -> Value:
         rotary_embedding_dim=0 if rotated == x.shape[-1] else rotated,
     )
     return t.result(name, x.dtype, x.shape)
+
+
+def _one_table(t: Translation, table: Value) -> Value:
+    """A table as [1, tokens, columns]; one for each head is none."""
+    rank = len(table.shape)
+    if rank == 3 and table.shape[0] == 1:
+        return table
+    if rank == 2 or (rank == 4 and table.shape[:2] == (1, 1)):
+        shape = (1, *table.shape[-2:])
+        key = ("table", table.name)
+        if key not in t.caches:
+            t.caches[key] = t.reshape(table, shape, shape)
+        return t.caches[key]
+    raise t.refuse(f"rotates by tables {list(table.shape)}, which RotaryEmbedding does not take")
 
 
 def _half_table(t: Translation, table: Value, rotated: int, interleaved: bool) -> str:

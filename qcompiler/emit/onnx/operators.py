@@ -30,7 +30,7 @@ def translate(t: Translation, node: Node) -> None:
     if translator is None:
         raise UnsupportedModelError(
             f"graph node {node.name!r}: ONNX emission does not know {node.op}",
-            hint="Mixtures of experts cannot be emitted." if "grouped" in node.op else None,
+            hint="Emit the artifact alone.",
         )
     if node.target is None:
         call = dict(zip("ab", node.args, strict=False))

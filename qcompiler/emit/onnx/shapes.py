@@ -181,6 +181,14 @@ def _index_select(t: Translation, call: Call) -> Value:
     return t.result(t.call("Gather", [value.name, index.name], axis=int(call["dim"])))
 
 
+def _index(t: Translation, call: Call) -> Value:
+    value, indices = t.tensor(call["self"]), call["indices"]
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or t.tensor(indices[given[0]]).dtype == torch.bool:
+        raise t.refuse("indexes by a mask, or along several axes at once")
+    return t.result(t.call("Gather", [value.name, t.tensor(indices[given[0]]).name], axis=given[0]))
+
+
 def _arange(t: Translation, call: Call) -> Value:
     dtype = t.result("").dtype
     bounds = [call.get("start", 0), call["end"], call.get("step", 1)]
@@ -249,6 +257,7 @@ OPERATORS: dict[str, Translator] = {
     "aten.chunk.default": _chunk,
     "aten.unbind.int": _unbind,
     "aten.index_select.default": _index_select,
+    "aten.index.Tensor": _index,
     "aten.arange.default": _arange,
     "aten.arange.start": _arange,
     "aten.arange.start_step": _arange,

@@ -80,7 +80,7 @@ class Translation:
     def refuse(self, why: str) -> UnsupportedModelError:
         """The error for a call that ONNX cannot say."""
         return UnsupportedModelError(
-            f"graph node {self.node.name!r} ({self.node.op}): {why}", hint="Emit the artifact without onnx."
+            f"graph node {self.node.name!r} ({self.node.op}): {why}", hint="Emit the artifact alone."
         )
 
     # What calls give.
