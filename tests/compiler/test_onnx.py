@@ -168,3 +168,25 @@ def test_onnxruntime_genai_reads_the_folder(compiled):
         generator.generate_next_token()
     found = [int(token) for token in generator.get_sequence(0)][len(prompt) :]
     assert found == OnnxModel(out, threads=1).generate(prompt, 16)[: len(found)]
+
+
+def test_weights_of_16_bits_stay_so_in_the_file(random_tied, tmp_path):
+    out = tmp_path / "out"
+    assert qcompile(
+        random_tied, "--method", "rtn", "--bits", 8, "--group-size", 32, "--option", "zeros=integer", "-q",
+        "--eval-tokens", 0, "--dtype", "bfloat16", "-o", out,
+    ) == 0  # fmt: skip
+    engine, prompt = load(out, device="cpu"), [5, 9, 77, 1200, 3]
+    wanted = engine.logits(prompt).float()
+    table = 2048 * 64 * 2
+    weights = [2 * layer.out_features * layer.in_features for layer in engine.artifact.manifest.layers]
+    for activations in ("float32", "float16"):
+        folder = tmp_path / activations
+        assert qcompile("emit", out, "--to", "onnx", "--dtype", activations, "-o", folder, "-q") == 0
+        assert (folder / "model.onnx.data").stat().st_size < table + sum(weights)
+        model = OnnxModel(folder, threads=1)
+        logits, cache = model.step(np.array([prompt]), model.empty_cache())
+        assert {str(array.dtype) for array in (logits, *cache.values())} == {activations}
+        # The engine computes in bfloat16: 8 bits of each number, through two layers.
+        difference = torch.from_numpy(logits[0]).float() - wanted
+        assert difference.norm() < 0.03 * wanted.norm()

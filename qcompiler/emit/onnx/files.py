@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
-_ALIGNMENT = 4096  # a page: onnxruntime maps the file and uses weights in place
+# onnxruntime maps the file and uses large weights in place, which takes whole pages.
+_PAGE, _LARGE, _ALIGNMENT = 4096, 1 << 20, 64
 
 
 def write_model(folder: Path, graph: OnnxGraph) -> int:
@@ -59,7 +60,7 @@ def _append(f, weight: Initializer) -> tuple[int, int]:
             f"onnx: weight {weight.name!r} is {tensor.dtype} {list(tensor.shape)}, "
             f"not {weight.dtype} {list(weight.shape)}"
         )
-    f.write(b"\0" * (-f.tell() % _ALIGNMENT))
+    f.write(b"\0" * (-f.tell() % (_PAGE if tensor.nbytes >= _LARGE else _ALIGNMENT)))
     offset = f.tell()
     f.write(numpy_of(tensor).data)
     return offset, tensor.nbytes

@@ -29,8 +29,8 @@ def _linear(t: Translation, call: Call) -> Value:
 
 def _embedding(t: Translation, call: Call) -> Value:
     table, ids = call["weight"], t.tensor(call["indices"])
-    # Rows are cast after they were found; the table stays as small as it is stored.
-    source = t.stored(table.name) if isinstance(table, Weight) else t.tensor(table)
+    # Rows are cast after they were found, where the table is smaller as it is stored.
+    source = t.stored(table.name) if isinstance(table, Weight) and t.narrower(table.name) else t.tensor(table)
     found = Value(t.call("Gather", [source.name, ids.name], axis=0), source.dtype, t.result("").shape)
     return t.cast(found, t.result("").dtype)
 

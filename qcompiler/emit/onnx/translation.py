@@ -127,13 +127,18 @@ class Translation:
         """A stored tensor in the dtype that the graph computes with."""
         spec = self.tensors[name]
         wanted = self.map_dtype(spec.dtype)
-        if wanted != spec.dtype and spec.dtype.itemsize < wanted.itemsize and spec.nbytes > _CAST_IN_GRAPH:
+        if self.narrower(name) and spec.nbytes > _CAST_IN_GRAPH:
             key = ("cast", name)
             if key not in self.caches:
                 self.caches[key] = self.cast(self.stored(name), wanted)
             return self.caches[key]
         self.builder.weight(name, wanted, spec.shape, lambda: self.read(name).to(wanted))
         return Value(name, wanted, tuple(spec.shape))
+
+    def narrower(self, name: str) -> bool:
+        """Whether a tensor is stored in fewer bytes than the graph computes with."""
+        dtype = self.tensors[name].dtype
+        return dtype.itemsize < self.map_dtype(dtype).itemsize
 
     def stored(self, name: str) -> Value:
         """A stored tensor in its own dtype."""
