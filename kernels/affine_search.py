@@ -21,3 +21,8 @@ class Search(NamedTuple):
     clips: int
     rounds: int = 2
     last_rounds: int = 3
+
+    def starts(self) -> list[float]:
+        """The clips."""
+        step = (self.high - self.low) / (self.clips - 1)
+        return [self.low + step * i for i in range(self.clips)]

@@ -44,6 +44,7 @@ class CompileOptions:
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         revision: Hub revision, when `model` is a hub id.
         max_context: Longest context to serve, for models whose rotary frequencies depend on it.
+        emit: What to write, see `emit.targets`.
     """
 
     model: str
@@ -71,6 +72,7 @@ class CompileOptions:
     trust_remote_code: bool = False
     revision: str | None = None
     max_context: int | None = None
+    emit: tuple[str, ...] = ("artifact",)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -128,6 +130,7 @@ class CompileOptions:
         """The options that decide the bytes of the artifact: a resumed run must have the same."""
         same_bytes = {
             "output", "device", "overwrite", "resume", "dump_graphs", "max_kl", "model", "trust_remote_code",
+            "emit",
         }  # fmt: skip
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in same_bytes}
         for key in ("eval_text", "calib_text"):

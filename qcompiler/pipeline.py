@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,8 @@ from torch.fx import GraphModule
 from qcompiler import __version__
 from qcompiler.capture import ModelSource
 from qcompiler.checkpoint.identity import checkpoint_fingerprint
-from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, check_destination, write_artifact
+from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, write_artifact
+from qcompiler.emit.targets import ARTIFACT, check_destinations, emission_path, emit_targets
 from qcompiler.estimate import check_resources
 from qcompiler.kernels.errors import InvalidInputError, QualityGateError
 from qcompiler.measure import measure_quality
@@ -50,7 +52,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     """
     progress = progress or Progress()
     started = time.perf_counter()
-    output = options.output_path
+    output = emission_path(options, ARTIFACT)
     check_output(options)
     plan = make_plan(options, opened=read_soon)
     check_cache(plan)
@@ -72,9 +74,12 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         with writing(output):
             written = emit(plan, stream, layers, quality)
         workspace.discard()
+    emissions = emit_targets(plan.options, progress)
+    if ARTIFACT not in options.emit:
+        shutil.rmtree(output)
     sizes = Sizes(plan)
     return CompileReport(
-        output=str(output),
+        output=str(options.output_path),
         bytes=written.nbytes,
         bits_per_weight=sizes.bits_per_weight,
         bits_per_weight_linears=sizes.bits_per_weight_linears,
@@ -93,6 +98,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
             for layer in plan.embeddings
         ],
         kv_cache=options.kv_format or "plain",
+        emissions=emissions,
     )
 
 
@@ -112,7 +118,7 @@ def check_output(options: CompileOptions) -> None:
     """
     with writing(options.output_path):
         options.output_path.parent.mkdir(parents=True, exist_ok=True)
-    check_destination(options.output_path, overwrite=options.overwrite)
+    check_destinations(options)
 
 
 def check_cache(plan: CompilePlan) -> None:
@@ -172,7 +178,7 @@ def emit(
         "passes": [passed(result) for result in plan.passes],
     }
     return write_artifact(
-        plan.options.output_path,
+        emission_path(plan.options, ARTIFACT),
         graph,
         tensors_of(graph, stream),
         info=artifact_info(plan, sizes),

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from qcompiler.capture import CapturedModel, ModelSource, capture
 from qcompiler.checkpoint import Checkpoint
 from qcompiler.checkpoint.files import read_json
+from qcompiler.emit.targets import ONNX, check_plan, settle_options
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import EmbeddingFormat, get_format
 from qcompiler.layer_plan import LayerPlan
@@ -83,7 +84,8 @@ class CompilePlan:
     def method_of(self, layer: QuantizedLinear) -> tuple[Method, dict[str, Any]]:
         """The method that quantizes a layer, and its options."""
         if layer.kind == "embedding" and self.embedding_method not in (None, self.method):
-            return self.embedding_method, {}
+            # Round to nearest in place of a method whose format has no gather.
+            return self.embedding_method, {"zeros": "integer"} if ONNX in self.options.emit else {}
         return self.method, self.method_options
 
     @property
@@ -123,6 +125,7 @@ def make_plan(
         UnsupportedModelError: The model cannot be captured faithfully.
     """
     method = get_method(options.method)
+    options = settle_options(options, method)
     method_options = method.validate(options.method_options)
     method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths now
     device = pick_device(options.device)
@@ -161,7 +164,7 @@ def make_plan(
             f"{options.model}: nothing would be quantized ({reasons})",
             hint="Compile it as it is with --method none.",
         )
-    return CompilePlan(
+    plan = CompilePlan(
         options,
         source,
         captured,
@@ -174,6 +177,8 @@ def make_plan(
         [*passes, *results],
         embedding_method,
     )
+    check_plan(plan)
+    return plan
 
 
 def pick_embedding_method(method: Method) -> Method:

@@ -72,10 +72,11 @@ class CompileReport:
     resumed_layers: int = 0
     embeddings: list[EmbeddingReport] = field(default_factory=list)
     kv_cache: str = "plain"
+    emissions: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict with the documented keys."""
-        return asdict(self)
+        return {**asdict(self), "emissions": {name: e.to_json() for name, e in self.emissions.items()}}
 
     def worst_layers(self, count: int = 5) -> list[LayerReport]:
         """The quantized linears of largest relative error."""
@@ -86,6 +87,8 @@ class CompileReport:
         for label, text in self._lines():
             # One line per fact, never cut or padded to the width: it is read by eye and by grep.
             console.print(f"{label:<15}{text}", soft_wrap=True, highlight=False, markup=False)
+        for emission in self.emissions.values():
+            emission.print(console)
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         yield "artifact", self.output

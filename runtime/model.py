@@ -81,7 +81,28 @@ def load(
         ArtifactError: the artifact is damaged or hostile, or this machine cannot run it.
         InvalidInputError: an option or device makes no sense.
     """
-    artifact = open_artifact(path, verify=verify)
+    return load_opened(
+        open_artifact(path, verify=verify),
+        device,
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        max_cache_tokens=max_cache_tokens,
+        cuda_graphs=cuda_graphs,
+        lean=lean,
+    )
+
+
+def load_opened(
+    artifact: Artifact,
+    device: str | torch.device | None = None,
+    *,
+    max_sequences: int | None = None,
+    max_step_tokens: int | None = None,
+    max_cache_tokens: int | None = None,
+    cuda_graphs: bool = True,
+    lean: bool = False,
+) -> Model:
+    """`load` of an artifact that was opened and verified before."""
     chosen = choose_device(artifact, device)
     program = load_program(artifact, chosen, lean=lean, kv_bits=kv_bits)
     if artifact.manifest.kind == "encoder":

@@ -27,6 +27,8 @@ Examples:
   qcompile examples/models/tiny-llama --method hqq --bits 4
   qcompile owner/name --bits 3 --bits '*.o_proj=6' --lm-head-bits 8 -o out
   qcompile owner/name --bits 4 --dry-run
+  qcompile owner/name --bits 4 --emit artifact,onnx
+  qcompile emit ARTIFACT --to onnx         (see qcompile emit --help)
 \b
 Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 """
@@ -83,6 +85,9 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
     "--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger."
 )
 @click.option(
+    "--emit", default="artifact", show_default=True, metavar="WHAT", help="artifact, onnx, or artifact,onnx."
+)
+@click.option(
     "--dry-run", is_flag=True, help="Print sizes, memory and time needed; read no weights, write nothing."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact; start an unfinished one anew.")
@@ -100,8 +105,8 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("-v", "--verbose", is_flag=True, help="Every layer and pass; tracebacks.")
 @click.version_option(__version__)
 def qcompile(
-    model: str, method: str, bits: tuple[str, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
-    **flags: Any,
+    model: str, method: str, bits: tuple[str, ...], emit: str, dry_run: bool, as_json: bool, quiet: bool,
+    verbose: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Compile MODEL (a checkpoint folder, or a hub id) into a quantized artifact."""
     from rich.console import Console
@@ -110,6 +115,7 @@ def qcompile(
     default, overrides = parse_bits(bits)
     method_options = collect(method, flags)
     # Heavy imports come after the command line was found to make sense.
+    from qcompiler.emit.targets import parse_targets
     from qcompiler.methods.base import get_method
     from qcompiler.progress import ConsoleProgress, Progress
 
@@ -119,6 +125,7 @@ def qcompile(
         method=method,
         bits=chosen.default_bits if default is None else default,
         bits_overrides=overrides,
+        emit=parse_targets(emit),
         method_options=typed(method_options, {key: o.default for key, o in chosen.options.items()}),
         **flags,
     )
@@ -139,8 +146,16 @@ def qcompile(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: runs the command and turns errors into exit codes."""
-    sys.exit(run(qcompile, argv))
+    """Entry point: runs the command and turns errors into exit codes.
+
+    `qcompile emit ...` is a command of its own; anything else compiles (a folder called emit is `./emit`).
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["emit"]:
+        from qcompiler.cli.emit import emit
+
+        sys.exit(run(emit, arguments[1:]))
+    sys.exit(run(qcompile, arguments))
 
 
 def run(command: click.Command, argv: list[str] | None = None) -> int:

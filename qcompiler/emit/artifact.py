@@ -143,15 +143,16 @@ def write_artifact(
 
 
 @contextmanager
-def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staging(out: Path, *, overwrite: bool = False, mark: str = MANIFEST) -> Iterator[Path]:
     """A folder `<out>.partial` that becomes `out` when the block ends well and is removed when it does not.
 
-    The folder is locked while in use; what a killed process left behind is cleared.
+    The folder is locked while in use; what a killed process left behind is cleared. `mark` is the file by
+    which a folder is known to be of the kind that may be overwritten.
 
     Raises:
         InvalidInputError: `out` exists without `overwrite`, its parent does not, or it is being written.
     """
-    check_destination(out, overwrite=overwrite)
+    check_destination(out, overwrite=overwrite, mark=mark)
     folder = out.with_name(out.name + ".partial")
     try:
         folder.mkdir(exist_ok=True)
@@ -168,7 +169,7 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 stale.unlink()
             yield folder
             os.fsync(lock)
-            check_destination(out, overwrite=overwrite)
+            check_destination(out, overwrite=overwrite, mark=mark)
             _replace(folder, out)
         except BaseException as e:
             shutil.rmtree(folder, ignore_errors=True)
@@ -181,15 +182,15 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
-def check_destination(out: Path, *, overwrite: bool) -> None:
-    """Raise `InvalidInputError` if an artifact cannot be put at `out`."""
+def check_destination(out: Path, *, overwrite: bool, mark: str = MANIFEST) -> None:
+    """Raise `InvalidInputError` if an artifact (or what else has a file `mark`) cannot be put at `out`."""
     if not out.parent.is_dir():
         raise InvalidInputError(f"{out.parent} is not a folder", hint="Create it first.")
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise InvalidInputError(f"{out} exists", hint="Give --overwrite to replace it, or another -o.")
-    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+    if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file()):
         raise InvalidInputError(
             f"{out} is not an artifact, so it is not overwritten", hint="Give another -o."
         )

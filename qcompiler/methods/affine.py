@@ -8,7 +8,7 @@ thing: codes, scales and zeros of equal groups.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
 from qcompiler.methods import fused_affine
-from qcompiler.methods.base import Method
+from qcompiler.methods.base import Method, MethodOption
+from qcompiler.methods.integer_zeros import OPTION as ZEROS
+from qcompiler.methods.integer_zeros import integer_groups
 
 # Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
 _CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -44,6 +46,7 @@ class AffineMethod(Method):
 
     format_name: ClassVar[str] = AFFINE.name
     bits: ClassVar[tuple[int, ...]] = BITS
+    options: ClassVar[Mapping[str, MethodOption]] = {"zeros": ZEROS}
 
     def resolve_spec(
         self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
@@ -61,8 +64,10 @@ class AffineMethod(Method):
         name: str = "weight",
     ) -> dict[str, Tensor]:
         """See `Method.quantize`; on a GPU with Triton by one kernel where the method has one."""
-        if fused_affine.available(weight, spec):
-            tensors = self.fused(weight, spec, self.validate(options), name)
+        resolved = self.validate(options)
+        # Integer zero points are searched in torch.
+        if resolved["zeros"] == "float" and fused_affine.available(weight, spec):
+            tensors = self.fused(weight, spec, resolved, name)
             if tensors is not None:
                 return tensors
         solution = self.solve(weight, spec, options, name=name)
@@ -128,7 +133,10 @@ class AffineMethod(Method):
             if importance is not None:
                 importance = importance.reshape(-1, size)
             groups = part.reshape(-1, size)
-            found = _constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
+            if options["zeros"] == "integer":
+                found = Groups(*integer_groups(groups, spec, importance, self.clips(spec)))
+            else:
+                found = _constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
             codes[start : start + step] = found.codes.reshape(part.shape).to(torch.uint8)
             scales[start : start + step] = found.scales.reshape(part.shape[0], -1)
             zeros[start : start + step] = found.zeros.reshape(part.shape[0], -1)
@@ -141,6 +149,10 @@ class AffineMethod(Method):
     def importance(self, rows: Tensor, statistics: Any) -> Tensor | None:
         """Weight of each element's squared error, positive fp32 of the shape of `rows`; None: all alike."""
         return None
+
+    def clips(self, spec: AffineSpec) -> Sequence[float]:
+        """Where the search for integer zero points starts; see `integer_groups`."""
+        return ()
 
     @abstractmethod
     def solve_groups(self, values: Tensor, spec: AffineSpec, importance: Tensor | None) -> Groups:

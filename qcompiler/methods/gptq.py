@@ -19,6 +19,8 @@ from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
 from qcompiler.methods.base import MethodOption
 from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.methods.hqq import HQQ
+from qcompiler.methods.integer_zeros import OPTION as ZEROS
+from qcompiler.methods.integer_zeros import integer_groups
 
 _LAZY_COLUMNS = 128
 
@@ -32,6 +34,7 @@ class GPTQ(CalibratedMethod):
     bits: ClassVar[tuple[int, ...]] = BITS
     options: ClassVar[Mapping[str, MethodOption]] = {
         "damping": MethodOption(0.01, help="share of the mean diagonal added to XXᵀ"),
+        "zeros": ZEROS,
     }
 
     def resolve_spec(
@@ -50,12 +53,13 @@ class GPTQ(CalibratedMethod):
         name: str = "weight",
     ) -> dict[str, torch.Tensor]:
         """See `Method.quantize`: without inputs there is no error to feed back, so this is hqq's search."""
-        self.validate(options)
-        return HQQ().quantize(weight, spec, name=name)
+        zeros = self.validate(options)["zeros"]
+        return HQQ().quantize(weight, spec, {"zeros": zeros}, name=name)
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """See `CalibratedMethod.quantize_block`; norms and biases stay as they are."""
-        damping = self.validate(task.options)["damping"]
+        options = self.validate(task.options)
+        damping, integer = options["damping"], options["zeros"] == "integer"
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         weights: dict[str, torch.Tensor] = {}
         errors: dict[str, float] = {}
@@ -66,7 +70,7 @@ class GPTQ(CalibratedMethod):
                 if not isinstance(spec, AffineSpec):
                     raise InvalidInputError(f"{linear.name}: gptq stores the affine format, not {spec!r}.")
                 weight = task.weights[linear.weight]
-                codes, scales, zeros = feedback_codes(weight, moments, spec, damping)
+                codes, scales, zeros = feedback_codes(weight, moments, spec, damping, integer)
                 stored = AFFINE.pack(spec, codes, scales, zeros)
                 tensors[linear.name] = stored
                 weights[linear.weight] = AFFINE.dequantize(spec, stored, linear.in_features, torch.float32)
@@ -79,7 +83,11 @@ class GPTQ(CalibratedMethod):
 
 @torch.no_grad()
 def feedback_codes(
-    weight: torch.Tensor, moments: Moments, spec: AffineSpec, damping: float = 0.01
+    weight: torch.Tensor,
+    moments: Moments,
+    spec: AffineSpec,
+    damping: float = 0.01,
+    integer_zeros: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes uint8 [N, K], scales and zeros [N, groups] of a weight [N, K]."""
     weight = weight.float()
@@ -91,7 +99,7 @@ def feedback_codes(
     if moments.cross is not None:
         right = (moments.cross.double() + gram - moments.gram.double()) @ weight.double().T
         weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram)).T.float()
-    scales, zeros = group_ranges(weight, gram.diagonal().float(), spec)
+    scales, zeros = group_ranges(weight, gram.diagonal().float(), spec, integer_zeros)
     group = torch.arange(size, device=weight.device) // (spec.group_size or size)
     order = gram.diagonal().argsort(descending=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
@@ -115,7 +123,7 @@ def feedback_codes(
 
 
 def group_ranges(
-    weight: torch.Tensor, importance: torch.Tensor, spec: AffineSpec
+    weight: torch.Tensor, importance: torch.Tensor, spec: AffineSpec, integer_zeros: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros [N, groups] as stored: hqq's search with columns [K] weighted by `importance`."""
     rows, size = weight.shape
@@ -128,7 +136,10 @@ def group_ranges(
         length = min(width, end - begin)
         groups = weight[:, begin:end].reshape(-1, length)
         counts = importance[begin:end].reshape(1, -1, length).expand(rows, -1, -1).reshape(-1, length)
-        found = HQQ().solve_groups(groups, spec, counts)
-        scales.append(found.scales.reshape(rows, -1))
-        zeros.append(found.zeros.reshape(rows, -1))
+        if integer_zeros:
+            _, scale, zero = integer_groups(groups, spec, counts, HQQ().clips(spec))
+        else:
+            _, scale, zero = HQQ().solve_groups(groups, spec, counts)
+        scales.append(scale.reshape(rows, -1))
+        zeros.append(zero.reshape(rows, -1))
     return torch.cat(scales, 1), torch.cat(zeros, 1)

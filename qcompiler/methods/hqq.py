@@ -20,17 +20,19 @@ it) changes nothing, and large weights count somewhat more than small ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from qcompiler.kernels.affine_search import Search
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.methods import fused_affine, hqq_reference
 from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_range, check_weight, store
 from qcompiler.methods.base import MethodOption
+from qcompiler.methods.integer_zeros import OPTION as ZEROS
 
 # The fewer the levels, the more of a group's range the best line leaves out.
 SEARCHES = {
@@ -56,8 +58,18 @@ class HQQ(AffineMethod):
             "search",
             ("search", "reference"),
             "search: ours, lower error at the same size; reference: the published solver, exactly",
-        )
+        ),
+        "zeros": ZEROS,
     }
+
+    def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `Method.validate`; the published solver knows no integer zero points."""
+        resolved = super().validate(options)
+        if resolved["solver"] == "reference" and resolved["zeros"] == "integer":
+            raise InvalidInputError(
+                "the published hqq solver has no integer zero points", hint="Drop --hqq-solver reference."
+            )
+        return resolved
 
     def solve(
         self,
@@ -133,6 +145,10 @@ class HQQ(AffineMethod):
         inverse, inverse_square = statistics
         return (rows * inverse).square_().add_(1.0).sqrt_().mul_(inverse_square)
 
+    def clips(self, spec: AffineSpec) -> Sequence[float]:
+        """See `AffineMethod.clips`: those of the search."""
+        return SEARCHES[spec.bits].starts()
+
     def solve_groups(self, values: Tensor, spec: AffineSpec, importance: Tensor | None) -> Groups:
         """See `AffineMethod.solve_groups`."""
         if importance is None:
@@ -192,8 +208,7 @@ def _search(values: Tensor, u: Tensor, spec: AffineSpec) -> Groups:
     mean = (values * u).sum(dim=1, keepdim=True)
     fit = _Fit((values - mean) / spread, u, top)
     below, above = (low - mean) / spread, (high - mean) / spread
-    step = (search.high - search.low) / (search.clips - 1)
-    clips = [search.low + step * i for i in range(search.clips)]
+    clips = search.starts()
     for clip_low in clips:
         for clip_high in clips:
             start = clip_low * below
