@@ -163,7 +163,7 @@ def _page() -> tuple[str, str]:
         return " ".join(f"'sha256-{d}'" for d in digests)
 
     policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {sources('script')}; "
+        f"default-src 'none'; connect-src 'self'; img-src data:; script-src {sources('script')}; "
         f"style-src {sources('style')}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return text, policy

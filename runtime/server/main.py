@@ -81,8 +81,8 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise InvalidInputError(f"cannot listen on {host} port {port}: {reason}") from None
-    # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not; without
-    # it each answer waits up to 40 ms for the client's delayed acknowledgement.
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not;
+    # without it each answer waits up to 40 ms for the client's delayed acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
