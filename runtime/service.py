@@ -22,7 +22,7 @@ from typing import Protocol
 from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.runtime.model import Generation, Model
 from qcompiler.runtime.sampling import Constraint, SamplingParams
-from qcompiler.runtime.scheduler import Counters, DeviceLostError, Scheduler, Task
+from qcompiler.runtime.scheduler import PREFILL_CHUNK, Counters, DeviceLostError, Scheduler, Task
 from qcompiler.runtime.stream import Stream, StreamTimeoutError
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Service:
         request_seconds: How long a request may take in all; None sets no bound.
         prefix_cache: Share pages between prompts that begin alike.
         chunked_prefill: Take long prompts in pieces between the steps of others.
+        prefill_chunk: Most prompt tokens in a step in which others generate.
         observer: Told of token times and ends.
 
     Raises:
@@ -116,6 +117,7 @@ class Service:
         request_seconds: float | None = None,
         prefix_cache: bool = True,
         chunked_prefill: bool = True,
+        prefill_chunk: int = PREFILL_CHUNK,
         observer: Observer | None = None,
     ):
         engine = model.engine
@@ -133,7 +135,13 @@ class Service:
                 "the model is generating, or another service owns it", hint="Load the model once more."
             )
         self._pages = pages
-        self.scheduler = Scheduler(engine, pages, prefix_cache=prefix_cache, chunked_prefill=chunked_prefill)
+        self.scheduler = Scheduler(
+            engine,
+            pages,
+            prefix_cache=prefix_cache,
+            chunked_prefill=chunked_prefill,
+            prefill_chunk=prefill_chunk,
+        )
         self._wake = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._cancelled: deque[Task] = deque()

@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from qcompiler.kernels.errors import QCompilerError
 from qcompiler.runtime.model import Model
+from qcompiler.runtime.scheduler import PREFILL_CHUNK
 from qcompiler.runtime.server import answers
 from qcompiler.runtime.server.completions import Completions
 from qcompiler.runtime.server.faults import error_response, public_message, status_of
@@ -43,6 +44,8 @@ def create_app(
     api_keys: Seq[str] = (),
     allow_origins: Seq[str] = (),
     allow_hosts: Seq[str] | None = None,
+    chunked_prefill: bool = True,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> FastAPI:
     """An application that serves one model; the service lives from its start to its shutdown.
 
@@ -53,6 +56,8 @@ def create_app(
         api_keys: Keys of which a request must have one; none given, everybody may ask.
         allow_origins: Web origins that may ask beside our own page.
         allow_hosts: Host names that are answered; None for any.
+        chunked_prefill: Take long prompts in pieces between the steps of others.
+        prefill_chunk: Most prompt tokens in a step in which others generate.
 
     Returns:
         The app; `app.state.service` is its service once it has started.
@@ -75,6 +80,8 @@ def create_app(
             max_buffered=limits.max_buffered,
             stall_seconds=limits.stall_seconds,
             request_seconds=limits.request_seconds,
+            chunked_prefill=chunked_prefill,
+            prefill_chunk=prefill_chunk,
             observer=metrics,
         )
         metrics.watch(service)

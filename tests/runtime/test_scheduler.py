@@ -143,6 +143,28 @@ def test_together_equals_alone(make_service, alone):
         assert stream.result() == alone[text]
 
 
+@pytest.mark.parametrize(("chunk", "most"), [(16, 16 + 1), (256, 64)])
+def test_others_wait_for_no_more_of_a_prompt_than_a_chunk(make_service, chunk, most):
+    """Alone a prompt may fill a step; while somebody generates it is taken in smaller pieces."""
+    service = make_service(prefill_chunk=chunk)
+    sizes, run = [], service.model.engine.executor.run
+
+    def counted(spans):
+        sizes.append(([len(s.tokens) for s in spans if s.start], sum(len(s.tokens) for s in spans)))
+        return run(spans)
+
+    service.model.engine.executor.run = counted
+    with service.submit(Request([5] * 9, SamplingParams(max_tokens=400, ignore_eos=True))) as first:
+        next(first)
+        service.generate(Request(list(range(300, 700)), SamplingParams(max_tokens=1)))
+    mixed = [total for _, total in sizes[1:] if total > 1]
+    assert max(mixed) == most
+    assert sum(mixed) - len(mixed) == 400
+    sizes.clear()
+    service.generate(Request(list(range(800, 1000)), SamplingParams(max_tokens=1)))
+    assert [total for _, total in sizes] == [64, 64, 64, 8]
+
+
 @pytest.mark.parametrize("budget", [8, 16])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_prompts_in_pieces_equal_whole_prompts(make_service, alone, budget, chunked):
