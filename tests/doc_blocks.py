@@ -31,8 +31,6 @@ SHELL = {"sh", "bash", "shell", "console"}
 _COMMANDS = re.compile(r"^\s*(\$ |qcompile |qrun |pip |make |python3? |curl |git )", re.MULTILINE)
 _MARK = re.compile(r"<!-- (not run|file|exits): (.+?) -->")
 _FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
-# The evaluation is not what a page shows; 4096 tokens of it would take most of the time.
-_DEFAULTS = {"eval_tokens": 256}
 
 
 @dataclass
@@ -89,7 +87,7 @@ class Place:
     def __init__(self, folder: Path, root: Path, placeholders: dict[str, str]):
         self.folder = folder
         self._placeholders = placeholders
-        self._made: set[str] = set()
+        self._made: set[tuple[str, ...]] = set()
         self._port = 0
         for name in ("examples", "constraints", "benchmarks"):
             (folder / name).symlink_to(root / name)
@@ -129,10 +127,12 @@ class Place:
         arguments = [self._placeholders.get(a, a) for a in shlex.split(command, comments=True)]
         tool, rest = arguments[0], arguments[1:]
         if tool == "qcompile":
-            if command in self._made and wanted == 0:
-                return
-            code = _qcompile(rest)
-            self._made.add(command)
+            what = _without_output(rest)
+            if what in self._made and wanted == 0:
+                return  # the same work for another folder
+            # Once with the measurement that is on by default, then without: it would take most of the time.
+            code = _qcompile(rest, eval_tokens=0 if self._made else 256)
+            self._made.add(what)
             for made in self.folder.glob("*bit"):  # written where no -o says so: another command may be, too
                 shutil.rmtree(made)
         elif tool == "qrun" and rest[0] == "serve":
@@ -173,16 +173,19 @@ class Place:
         read_config(file, {str(p.name) for p in qcompile.params})
 
 
-def _qcompile(arguments: list[str]) -> int:
+def _without_output(arguments: list[str]) -> tuple[str, ...]:
+    named = [a for i, a in enumerate(arguments) if "-o" not in (a, arguments[i - 1])]
+    return tuple(a for a in named if a != "--overwrite")
+
+
+def _qcompile(arguments: list[str], **defaults: Any) -> int:
     import click
 
     from qcompiler.cli.main import qcompile
     from qcompiler.kernels.errors import QCompilerError
 
     try:
-        qcompile.main(
-            args=arguments, prog_name="qcompile", standalone_mode=False, default_map=dict(_DEFAULTS)
-        )
+        qcompile.main(args=arguments, prog_name="qcompile", standalone_mode=False, default_map=defaults)
     except QCompilerError as error:
         print(error, file=sys.stderr)
         return error.exit_code
