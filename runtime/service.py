@@ -23,7 +23,7 @@ from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.runtime.model import Generation, Model
 from qcompiler.runtime.sampling import Constraint, SamplingParams
 from qcompiler.runtime.scheduler import PREFILL_CHUNK, Counters, DeviceLostError, Scheduler, Task
-from qcompiler.runtime.stream import Stream, StreamTimeoutError
+from qcompiler.runtime.stream import Stream, StreamTimeoutError, Wakes
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class Service:
         self._wake = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._cancelled: deque[Task] = deque()
+        self._wakes = Wakes()
         self._nudged = False
         self._draining = False
         self._stopping = False
@@ -182,7 +183,9 @@ class Service:
             params = request.params
             if self._tokenizer is None and params.stop:
                 raise InvalidInputError("stop strings need a tokenizer, which the artifact does not have")
-            stream = Stream(self._tokenizer, params.stop, self.max_buffered, observer=self._observer)
+            stream = Stream(
+                self._tokenizer, params.stop, self.max_buffered, wakes=self._wakes, observer=self._observer
+            )
             task = self.scheduler.task(
                 request.prompt, params, stream, logprobs=request.logprobs, constraint=request.constraint
             )
@@ -276,6 +279,7 @@ class Service:
                         break
                     self._take()
                 idle = not self._step()
+                self._wakes.flush()
         except Exception as e:  # the last resort of a thread whose callers wait for it
             log.exception("the service stops")
             self.lost = QCompilerError(f"the service stopped: {type(e).__name__}: {e}")
@@ -285,6 +289,7 @@ class Service:
                 self._take()
                 gone = self.lost or ClosedError("the service was closed")
                 self.scheduler.cancel_all(gone)
+            self._wakes.flush()
 
     def _take(self) -> None:
         self._nudged = False

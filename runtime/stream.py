@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -52,6 +51,36 @@ class Event:
 _Raw = tuple[str, int | None, TokenLogprob | None, FinishReason | None, bool]
 
 
+class Wakes:
+    """Readers in event loops that there is news for; woken together, as each call is a system call.
+
+    One thread adds and flushes.
+    """
+
+    def __init__(self) -> None:
+        self._due: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[None], Stream]]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[None], stream: Stream) -> None:
+        """Wake the stream's reader at the next flush."""
+        self._due.setdefault(loop, []).append((future, stream))
+
+    def flush(self) -> None:
+        """Wake all that were added."""
+        due, self._due = self._due, {}
+        for loop, readers in due.items():
+            try:
+                loop.call_soon_threadsafe(_wake, [future for future, _ in readers])
+            except RuntimeError:  # the loop is closed, so nobody reads any more
+                for _, stream in readers:
+                    stream.cancel()
+
+
+def _wake(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
 class Stream:
     """Events of one request; iterate over it, plainly or with `async for`, in one place only.
 
@@ -66,6 +95,7 @@ class Stream:
         stop: Seq[str],
         max_buffered: int,
         *,
+        wakes: Wakes,
         observer: Observer | None = None,
     ):
         self._text = TextStream(tokenizer, stop) if tokenizer is not None else None
@@ -75,7 +105,8 @@ class Stream:
         self._observer = observer
         self._ready = threading.Condition()
         self._events: deque[_Raw] = deque()
-        self._waiter: tuple[_Waker, asyncio.Future[None]] | None = None
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._wakes = wakes
         self._ended = False
         self.error: QCompilerError | None = None
         self.finish_reason: FinishReason | None = None
@@ -171,7 +202,7 @@ class Stream:
                     return []
                 loop = asyncio.get_running_loop()
                 future: asyncio.Future[None] = loop.create_future()
-                self._waiter = (_waker(loop), future)
+                self._waiter = (loop, future)
             await future
         return self._tell(taken, freed)
 
@@ -267,45 +298,4 @@ class Stream:
             waiter, self._waiter = self._waiter, None
             self._ready.notify_all()
         if waiter is not None:
-            waker, future = waiter
-            try:
-                waker.wake(future)
-            except RuntimeError:  # the loop is closed, so nobody reads any more
-                self.cancel()
-
-
-class _Waker:
-    """Wakes the readers in one event loop; one call for all that a step wakes, as each is a system call."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = weakref.ref(loop)
-        self._lock = threading.Lock()
-        self._due: list[asyncio.Future[None]] = []
-
-    def wake(self, future: asyncio.Future[None]) -> None:
-        """Let the future's reader go on; `RuntimeError` if its loop is closed."""
-        loop = self._loop()
-        if loop is None or loop.is_closed():
-            raise RuntimeError("the loop is closed")
-        with self._lock:
-            self._due.append(future)
-            under_way = len(self._due) > 1
-        if not under_way:
-            loop.call_soon_threadsafe(self._run)
-
-    def _run(self) -> None:
-        with self._lock:
-            due, self._due = self._due, []
-        for future in due:
-            if not future.done():
-                future.set_result(None)
-
-
-_WAKERS: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker] = weakref.WeakKeyDictionary()
-
-
-def _waker(loop: asyncio.AbstractEventLoop) -> _Waker:
-    found = _WAKERS.get(loop)
-    if found is None:
-        found = _WAKERS[loop] = _Waker(loop)
-    return found
+            self._wakes.add(*waiter, self)
