@@ -8,7 +8,7 @@ OUT    := build/tiny-llama-hqq-4bit
 VENV_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup setup-test demo test lint format test-gpu bench clean
+.PHONY: setup setup-test demo test lint format docs test-gpu bench clean
 
 setup: $(VENV)/.runtime
 setup-test: $(VENV)/.dev
@@ -46,6 +46,12 @@ lint: setup-test
 format: setup-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site; a broken link or a page without a place fails.
+docs: setup
+	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e ".[docs]"
+	$(BIN)/python -m benchmarks.tables
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # On a machine with a GPU: the kernels compiled, not interpreted.
 test-gpu:

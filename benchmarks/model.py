@@ -60,6 +60,7 @@ def make_checkpoint(shape: str, folder: Path, layers: int | None = None) -> int:
     config = LlamaConfig(**sizes, tie_word_embeddings=False)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
     with torch.device("meta"):
         wanted = LlamaForCausalLM(config).state_dict()
     source = torch.randn(_RANDOM, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
@@ -85,6 +86,16 @@ def make_checkpoint(shape: str, folder: Path, layers: int | None = None) -> int:
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return largest
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of which every token is a word, for what speaks text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"unk_token": "w0"}\n', encoding="utf-8")
 
 
 def qcompile(checkpoint: Path, artifact: Path, arguments: list[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from qcompiler.runtime.program import GraphRunError, Program
 
 log = logging.getLogger(__name__)
 
-DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 _MIN_TABLE = 8
 
 

@@ -25,6 +25,7 @@ MAX_TOKENS = 1 << 24
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_BIASES = 1024
+_LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class SamplingParams:
     """How to choose tokens and when to stop; every field is checked.
 
     Args:
-        temperature: Divides the logits; 0 is greedy.
+        temperature: Divides the logits; 0 is greedy, and below 1e-4 it divides by 1e-4.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this, in (0, 1].
         min_p: Drop tokens less likely than this times the most likely one, in [0, 1].
-        repetition_penalty: Logits of tokens seen before are divided by this if positive, else multiplied.
+        repetition_penalty: Logits of tokens seen before are divided by this if positive, else multiplied;
+            in [0.01, 1e4].
         presence_penalty: Subtracted from the logits of tokens generated before, in [-2, 2].
         frequency_penalty: Subtracted once for each time that a token was generated, in [-2, 2].
         logit_bias: Pairs (token id, number in [-100, 100] that is added to its logit).
@@ -75,7 +77,7 @@ class SamplingParams:
         self._number("temperature", 0.0, 1e4)
         self._number("top_p", 0.0, 1.0, above=True)
         self._number("min_p", 0.0, 1.0)
-        self._number("repetition_penalty", 0.0, 1e4, above=True)
+        self._number("repetition_penalty", 0.01, 1e4)
         self._number("presence_penalty", -2.0, 2.0)
         self._number("frequency_penalty", -2.0, 2.0)
         self._biases()
@@ -212,7 +214,8 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
         return torch.tensor(values, dtype=scores.dtype, device=scores.device).unsqueeze(1)
 
     vocabulary = scores.shape[-1]
-    scores = scores / column([p.temperature for p in params])
+    # A temperature that is no fp32 number, or hardly one, would make infinities of the logits.
+    scores = scores / column([max(p.temperature, _LEAST_TEMPERATURE) for p in params])
     top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocabulary]
     if top_k:
         counts = torch.tensor([params[i].top_k for i in top_k], device=scores.device).unsqueeze(1)

@@ -27,6 +27,8 @@ from qcompiler.runtime.sampling import Constraint, SamplerState, SamplingParams,
 
 log = logging.getLogger(__name__)
 
+PREFILL_CHUNK = 256
+
 
 class DeviceLostError(QCompilerError):
     """The device no longer answers; nothing runs on it until the process is started again."""
@@ -94,10 +96,18 @@ class Scheduler:
         prefix_cache: Share pages between prompts that begin alike.
         chunked_prefill: Take long prompts in pieces; otherwise a prompt larger than the budget gets a
             step that is as large as it is.
+        prefill_chunk: Most prompt tokens in a step in which others generate, as these wait for it; a step
+            of prompts alone may have as many as the engine allows.
     """
 
     def __init__(
-        self, engine: Engine, pages: Seq[int], *, prefix_cache: bool = True, chunked_prefill: bool = True
+        self,
+        engine: Engine,
+        pages: Seq[int],
+        *,
+        prefix_cache: bool = True,
+        chunked_prefill: bool = True,
+        prefill_chunk: int = PREFILL_CHUNK,
     ):
         self.engine = engine
         self.pool = PagePool(pages, engine.executor.page_size)
@@ -106,6 +116,7 @@ class Scheduler:
         self.counters = Counters()
         self._prefix_cache = prefix_cache
         self._chunked = chunked_prefill
+        self._prefill_chunk = prefill_chunk
         self._ids = itertools.count()
 
     @property
@@ -175,6 +186,8 @@ class Scheduler:
             if generating and task in self.running and self._grow(task, work):
                 work[task] = 1
         budget -= len(work)
+        if work and self._chunked:
+            budget = min(budget, self._prefill_chunk)
         for task in ready:
             if task not in work and budget > 0 and task in self.running:
                 work[task] = self._piece(task, budget)

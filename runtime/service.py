@@ -22,8 +22,8 @@ from typing import Protocol
 from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.runtime.model import Generation, Model
 from qcompiler.runtime.sampling import Constraint, SamplingParams
-from qcompiler.runtime.scheduler import Counters, DeviceLostError, Scheduler, Task
-from qcompiler.runtime.stream import Stream, StreamTimeoutError
+from qcompiler.runtime.scheduler import PREFILL_CHUNK, Counters, DeviceLostError, Scheduler, Task
+from qcompiler.runtime.stream import Stream, StreamTimeoutError, Wakes
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class Service:
         request_seconds: How long a request may take in all; None sets no bound.
         prefix_cache: Share pages between prompts that begin alike.
         chunked_prefill: Take long prompts in pieces between the steps of others.
+        prefill_chunk: Most prompt tokens in a step in which others generate.
         observer: Told of token times and ends.
 
     Raises:
@@ -116,6 +117,7 @@ class Service:
         request_seconds: float | None = None,
         prefix_cache: bool = True,
         chunked_prefill: bool = True,
+        prefill_chunk: int = PREFILL_CHUNK,
         observer: Observer | None = None,
     ):
         engine = model.engine
@@ -133,10 +135,17 @@ class Service:
                 "the model is generating, or another service owns it", hint="Load the model once more."
             )
         self._pages = pages
-        self.scheduler = Scheduler(engine, pages, prefix_cache=prefix_cache, chunked_prefill=chunked_prefill)
+        self.scheduler = Scheduler(
+            engine,
+            pages,
+            prefix_cache=prefix_cache,
+            chunked_prefill=chunked_prefill,
+            prefill_chunk=prefill_chunk,
+        )
         self._wake = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._cancelled: deque[Task] = deque()
+        self._wakes = Wakes()
         self._nudged = False
         self._draining = False
         self._stopping = False
@@ -174,7 +183,9 @@ class Service:
             params = request.params
             if self._tokenizer is None and params.stop:
                 raise InvalidInputError("stop strings need a tokenizer, which the artifact does not have")
-            stream = Stream(self._tokenizer, params.stop, self.max_buffered, observer=self._observer)
+            stream = Stream(
+                self._tokenizer, params.stop, self.max_buffered, wakes=self._wakes, observer=self._observer
+            )
             task = self.scheduler.task(
                 request.prompt, params, stream, logprobs=request.logprobs, constraint=request.constraint
             )
@@ -268,6 +279,7 @@ class Service:
                         break
                     self._take()
                 idle = not self._step()
+                self._wakes.flush()
         except Exception as e:  # the last resort of a thread whose callers wait for it
             log.exception("the service stops")
             self.lost = QCompilerError(f"the service stopped: {type(e).__name__}: {e}")
@@ -277,6 +289,7 @@ class Service:
                 self._take()
                 gone = self.lost or ClosedError("the service was closed")
                 self.scheduler.cancel_all(gone)
+            self._wakes.flush()
 
     def _take(self) -> None:
         self._nudged = False

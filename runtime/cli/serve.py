@@ -25,6 +25,13 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic")
 @click.option("--limits", type=click.Path(path_type=Path), help="JSON file with limits on requests.")
 @click.option("--max-sequences", type=int, default=None, help="Most sequences in the batch.")
 @click.option("--max-step-tokens", type=int, default=None, help="Most tokens computed in one step.")
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(0),
+    default=256,
+    show_default=True,
+    help="Most prompt tokens in a step in which others generate; 0 takes every prompt at once.",
+)
 @click.option("--max-cache-tokens", type=int, default=None, help="Tokens that the KV cache holds.")
 @device
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks, log messages and every request.")
@@ -38,6 +45,7 @@ def command(
     limits: Path | None,
     max_sequences: int | None,
     max_step_tokens: int | None,
+    prefill_chunk: int,
     max_cache_tokens: int | None,
     device: str | None,
     lean: bool,
@@ -79,6 +87,8 @@ def command(
             api_keys=keys,
             allow_origins=allow_origin,
             allow_hosts=allowed_hosts(host),
+            chunked_prefill=prefill_chunk > 0,
+            prefill_chunk=prefill_chunk or 1,
         )
         shown = f"[{host}]" if ":" in host else host
         err = console()

@@ -17,15 +17,18 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from qcompiler.kernels.errors import QCompilerError
 from qcompiler.runtime.model import Model
+from qcompiler.runtime.scheduler import PREFILL_CHUNK
+from qcompiler.runtime.server import answers
 from qcompiler.runtime.server.completions import Completions
 from qcompiler.runtime.server.faults import error_response, public_message, status_of
 from qcompiler.runtime.server.gate import Gate
 from qcompiler.runtime.server.limits import Limits
 from qcompiler.runtime.server.metrics import Metrics
+from qcompiler.runtime.server.openapi import describe
 from qcompiler.runtime.server.schemas import ChatRequest, CompletionRequest
 from qcompiler.runtime.service import Service
 
@@ -41,6 +44,8 @@ def create_app(
     api_keys: Seq[str] = (),
     allow_origins: Seq[str] = (),
     allow_hosts: Seq[str] | None = None,
+    chunked_prefill: bool = True,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> FastAPI:
     """An application that serves one model; the service lives from its start to its shutdown.
 
@@ -51,6 +56,8 @@ def create_app(
         api_keys: Keys of which a request must have one; none given, everybody may ask.
         allow_origins: Web origins that may ask beside our own page.
         allow_hosts: Host names that are answered; None for any.
+        chunked_prefill: Take long prompts in pieces between the steps of others.
+        prefill_chunk: Most prompt tokens in a step in which others generate.
 
     Returns:
         The app; `app.state.service` is its service once it has started.
@@ -73,6 +80,8 @@ def create_app(
             max_buffered=limits.max_buffered,
             stall_seconds=limits.stall_seconds,
             request_seconds=limits.request_seconds,
+            chunked_prefill=chunked_prefill,
+            prefill_chunk=prefill_chunk,
             observer=metrics,
         )
         metrics.watch(service)
@@ -98,39 +107,41 @@ def create_app(
     entry = {"id": name, "object": "model", "created": created, "owned_by": "qcompiler"}
     entry["max_model_len"] = model.max_context
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=answers.generates(answers.Completion))
     async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
         """Continue a text."""
         return await app.state.completions.answer(body, http)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post(
+        "/v1/chat/completions", response_model=None, responses=answers.generates(answers.ChatCompletion)
+    )
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         """The assistant's next message."""
         return await app.state.completions.answer(body, http)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=None, responses=answers.tells(answers.ModelList))
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [entry]}
 
-    @app.get("/v1/models/{model_id:path}", response_model=None)
+    @app.get("/v1/models/{model_id:path}", response_model=None, responses=answers.tells(answers.ModelEntry))
     async def one_model(model_id: str) -> Response:
         """The model by its name."""
         if model_id != name:
             return error_response(404, f"the model {model_id!r} is not served here; {name!r} is", "model")
         return JSONResponse(entry)
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=answers.STATE)
     async def health() -> Response:
         """Whether the process is worth keeping."""
         return _state(app.state.service.lost is None)
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=answers.STATE)
     async def ready() -> Response:
         """Whether requests are taken."""
         return _state(app.state.service.ready)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=answers.METRICS)
     async def read_metrics() -> Response:
         """Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -141,6 +152,7 @@ def create_app(
     async def chat_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
 
+    describe(app, name=name, limits=limits, max_context=model.max_context)
     return app
 
 
@@ -158,7 +170,7 @@ def _page() -> tuple[str, str]:
         return " ".join(f"'sha256-{d}'" for d in digests)
 
     policy = (
-        f"default-src 'none'; connect-src 'self'; script-src {sources('script')}; "
+        f"default-src 'none'; connect-src 'self'; img-src data:; script-src {sources('script')}; "
         f"style-src {sources('style')}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return text, policy
@@ -181,7 +193,9 @@ def _add_faults(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail))
+        response = error_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})  # 405 names the methods that are served
+        return response
 
     @app.exception_handler(Exception)
     async def unknown(request: HttpRequest, error: Exception) -> Response:

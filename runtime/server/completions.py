@@ -118,9 +118,10 @@ class Completions:
                 if isinstance(item, QCompilerError):
                     yield error_event(item)
                     return
-                if piece := reply.piece(index, item):
-                    yield piece
-                left -= item.finish_reason is not None
+                # What came while the last piece was sent goes out as one.
+                if pieces := b"".join(reply.piece(index, event) for event in item):
+                    yield pieces
+                left -= item[-1].finish_reason is not None
                 if not left:
                     break
                 index, item = await merged.next()
@@ -129,16 +130,23 @@ class Completions:
         return _EventStream(chunks(), merged.close)
 
 
+_Events = list[Event] | QCompilerError
+
+
 class _Merged:
     """Events of several streams in the order in which they come, through a small queue."""
 
     def __init__(self, streams: list[Stream]):
         self._streams = streams
-        self._queue: asyncio.Queue[tuple[int, Event | QCompilerError]] = asyncio.Queue(16)
-        self._readers = [asyncio.ensure_future(self._pump(i, s)) for i, s in enumerate(streams)]
+        self._queue: asyncio.Queue[tuple[int, _Events]] = asyncio.Queue(16)
+        several = streams if len(streams) > 1 else []
+        self._readers = [asyncio.ensure_future(self._pump(i, s)) for i, s in enumerate(several)]
 
-    async def next(self) -> tuple[int, Event | QCompilerError]:
-        return await self._queue.get()
+    async def next(self) -> tuple[int, _Events]:
+        """Some events of one stream, or how it failed."""
+        if self._readers:
+            return await self._queue.get()
+        return 0, await _some(self._streams[0])
 
     def close(self) -> None:
         for reader in self._readers:
@@ -147,11 +155,18 @@ class _Merged:
             stream.cancel()
 
     async def _pump(self, index: int, stream: Stream) -> None:
-        try:
-            async for event in stream:
-                await self._queue.put((index, event))
-        except QCompilerError as e:
-            await self._queue.put((index, e))
+        while True:
+            events = await _some(stream)
+            await self._queue.put((index, events))
+            if isinstance(events, QCompilerError) or events[-1].finish_reason is not None:
+                return
+
+
+async def _some(stream: Stream) -> _Events:
+    try:
+        return await stream.read()
+    except QCompilerError as e:
+        return e
 
 
 class _EventStream(StreamingResponse):
@@ -175,7 +190,10 @@ async def _read_all(streams: list[Stream]) -> list[list[Event]]:
 
 
 async def _read(stream: Stream) -> list[Event]:
-    return [event async for event in stream]
+    found: list[Event] = []
+    while events := await stream.read():
+        found += events
+    return found
 
 
 async def _unless_gone(work: asyncio.Future[T], http: HttpRequest) -> T | None:

@@ -77,10 +77,14 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise InvalidInputError(f"cannot listen on {host} port {port}: {reason}") from None
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not;
+    # without it each answer waits up to 40 ms for the client's delayed acknowledgement.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def make_server(app: FastAPI, limits: Limits, *, access_log: bool = False) -> Server:

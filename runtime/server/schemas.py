@@ -51,7 +51,7 @@ class Sampling(_Base):
     # Beyond OpenAI's, under the names that other servers use.
     top_k: Annotated[int, Field(strict=True, ge=-1, le=1 << 24)] = 0
     min_p: Number = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: Number = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: Number = Field(default=1.0, ge=0.01, le=10)
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     ignore_eos: bool = False
     # Taken, and without effect here.

@@ -61,7 +61,7 @@ def serving(artifact: Path, *, load_options=None, limits=None, **options) -> Ite
 
     model = load(artifact, device="cpu", verify="sizes", **(load_options or {}))
     bounds = Limits(**(limits or {}))
-    app = create_app(model, bounds, name=NAME, allow_hosts=LOOPBACK, **options)
+    app = create_app(model, bounds, **{"name": NAME, "allow_hosts": LOOPBACK, **options})
     with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         server = make_server(app, bounds)

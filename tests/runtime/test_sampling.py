@@ -66,6 +66,13 @@ def test_repetition_penalty_equals_that_of_transformers():
     assert torch.equal(scores, before)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-5])
+def test_a_vanishing_temperature_is_greedy(temperature):
+    scores = logits(3)
+    states = [SamplerState(SamplingParams(temperature=temperature, seed=i, top_p=0.9)) for i in range(3)]
+    assert sample(scores, states, [[]] * 3) == scores.argmax(-1).tolist()
+
+
 def test_greedy_is_argmax_in_any_dtype():
     scores = logits(4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -138,6 +145,7 @@ def test_rows_without_a_finite_logit_are_marked():
         {"top_k": 1.5},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 5e-324},
         {"repetition_penalty": math.inf},
         {"max_tokens": 0},
         {"max_tokens": 10**9},

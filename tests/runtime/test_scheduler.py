@@ -143,6 +143,28 @@ def test_together_equals_alone(make_service, alone):
         assert stream.result() == alone[text]
 
 
+@pytest.mark.parametrize(("chunk", "most"), [(16, 16 + 1), (256, 64)])
+def test_others_wait_for_no_more_of_a_prompt_than_a_chunk(make_service, chunk, most):
+    """Alone a prompt may fill a step; while somebody generates it is taken in smaller pieces."""
+    service = make_service(prefill_chunk=chunk)
+    sizes, run = [], service.model.engine.executor.run
+
+    def counted(spans):
+        sizes.append(([len(s.tokens) for s in spans if s.start], sum(len(s.tokens) for s in spans)))
+        return run(spans)
+
+    service.model.engine.executor.run = counted
+    with service.submit(Request([5] * 9, SamplingParams(max_tokens=400, ignore_eos=True))) as first:
+        next(first)
+        service.generate(Request(list(range(300, 700)), SamplingParams(max_tokens=1)))
+    mixed = [total for _, total in sizes[1:] if total > 1]
+    assert max(mixed) == most
+    assert sum(mixed) - len(mixed) == 400
+    sizes.clear()
+    service.generate(Request(list(range(800, 1000)), SamplingParams(max_tokens=1)))
+    assert [total for _, total in sizes] == [64, 64, 64, 8]
+
+
 @pytest.mark.parametrize("budget", [8, 16])
 @pytest.mark.parametrize("chunked", [True, False])
 def test_prompts_in_pieces_equal_whole_prompts(make_service, alone, budget, chunked):
@@ -378,3 +400,55 @@ def test_no_page_is_lost_among_cancellations(make_service, alone):
     for thread in threads:
         thread.join(60)
     assert not wrong
+
+
+@pytest.mark.parametrize("stop", [(), ("no such text",)])
+def test_a_late_reader_gets_all_at_once(make_service, alone, stop):
+    """Text is made where it is read, or by the worker where stop strings are looked for: it is the same."""
+    service = make_service()
+
+    async def main():
+        stream = service.submit(request(service, PROMPTS[0], stop=stop))
+        while stream.finish_reason is None:
+            await asyncio.sleep(0.01)
+        events = await stream.read()
+        return events, await stream.read()
+
+    events, rest = asyncio.run(main())
+    assert (len(events), rest) == (NEW + 1, [])
+    assert "".join(e.text for e in events) == alone[PROMPTS[0]].text
+    assert events[-1].finish_reason == "length"
+
+
+def test_one_call_wakes_all_readers_of_a_loop(make_service, alone, monkeypatch):
+    service = make_service()
+    calls = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *a: (calls.append(a), call(*a))[1])
+        streams = [service.submit(request(service, p)) for p in PROMPTS]
+        return await asyncio.gather(*(s.aresult() for s in streams))
+
+    assert asyncio.run(main()) == [alone[p] for p in PROMPTS]
+    assert len(calls) <= service.stats().counters.steps + len(PROMPTS)
+
+
+def test_text_that_cannot_be_made_ends_its_own_sequence(make_service, alone):
+    service = make_service()
+    stream = service.submit(request(service, PROMPTS[0], max_tokens=400, ignore_eos=True))
+
+    def fails(ids):
+        raise QCompilerError("the tokenizer failed")
+
+    stream._text.add = fails
+    other = service.submit(request(service, PROMPTS[1]))
+    with pytest.raises(QCompilerError, match="tokenizer failed"):
+        next(stream)
+    with pytest.raises(QCompilerError, match="tokenizer failed"):
+        next(stream)
+    assert stream.finish_reason == "aborted"
+    assert other.result() == alone[PROMPTS[1]]
+    wait_until_idle(service, 5)
+    assert service.stats().counters.generated_tokens < 400

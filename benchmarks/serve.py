@@ -1,0 +1,269 @@
+"""The server under load: throughput beside the bare engine, and what long prompts do to the others' tokens.
+
+    python -m benchmarks.serve ARTIFACT --output benchmarks/results/serve.json
+    python -m benchmarks.serve --shape llama3-8b --work DIR --output benchmarks/results/serve.json
+
+The second form first compiles a model of that shape with synthetic weights (kept in DIR for the next time).
+Clients are processes of their own that speak HTTP over the loopback; every stream is a token's event each.
+
+Throughput: N streams begin together. `decode` is tokens per second while all N are generating, for the bare
+engine as `qrun bench` measures it; `whole` is all generated tokens over the time from the first request to
+the last token, prompts included. Latency: S streams generate; the gaps between their events, quiet and while
+prompts of `--long-prompt` tokens arrive, with prompts taken in pieces and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.model import SHAPES, device_name, make_checkpoint, qcompile
+from qcompiler.runtime.bench import bench
+from qcompiler.runtime.model import Model, load
+from qcompiler.runtime.server.app import create_app
+from qcompiler.runtime.server.limits import Limits
+from qcompiler.runtime.server.main import bind, make_server
+
+ROOT = Path(__file__).parents[1]
+_LEAD = 0.5  # seconds that client processes have to start
+
+
+@contextlib.contextmanager
+def serving(model: Model, **options: Any) -> Iterator[int]:
+    """The port of a server of the model, as `qrun serve` runs it."""
+    limits = Limits(max_connections=4096, max_waiting=4096, max_n=1)
+    app = create_app(model, limits, name="model", **options)
+    with bind("127.0.0.1", 0) as listener:
+        server = make_server(app, limits)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Clients:
+    """A client process that runs one job."""
+
+    def __init__(self, job: dict[str, Any]):
+        command = [sys.executable, "-m", "benchmarks.clients"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self._process.stdin is not None
+        json.dump(job, self._process.stdin)
+        self._process.stdin.close()
+
+    def result(self) -> dict[str, Any]:
+        """What it measured."""
+        assert self._process.stdout is not None
+        text = self._process.stdout.read()
+        if self._process.wait():
+            raise RuntimeError("a client process failed")
+        return json.loads(text)
+
+
+def run_streams(port: int, streams: int, processes: int, at: float, **job: Any) -> list[Clients]:
+    """Start `streams` streams at the moment `at`, spread over client processes."""
+    shares = [streams // processes + (i < streams % processes) for i in range(processes)]
+    return [
+        Clients({"kind": "streams", "port": port, "at": at, "streams": share, **job, "seed": job["seed"] + i})
+        for i, share in enumerate(shares)
+        if share
+    ]
+
+
+def throughput(
+    port: int, streams: int, options: argparse.Namespace, seed: int, vocab: int
+) -> dict[str, float]:
+    """Tokens per second of `streams` streams that begin together."""
+    at = time.monotonic() + _LEAD
+    job = {
+        "prompt_tokens": options.prompt_tokens,
+        "tokens": options.decode_tokens,
+        "vocab": vocab,
+        "seed": seed,
+    }
+    started = run_streams(port, streams, options.processes, at, **job)
+    times = [stream for clients in started for stream in clients.result()["times"]]
+    all_running = max(stream[0] for stream in times)
+    first_end = min(stream[-1] for stream in times)
+    within = sum(all_running < t <= first_end for stream in times for t in stream)
+    return {
+        "decode": within / (first_end - all_running),
+        "whole": streams * options.decode_tokens / (max(stream[-1] for stream in times) - at),
+        "first_token_seconds_max": all_running - at,
+    }
+
+
+def gaps(streams: list[list[float]], begin: float, end: float) -> torch.Tensor:
+    """Seconds between consecutive events of each stream, of those that lie in the window."""
+    found = [b - a for stream in streams for a, b in pairwise(stream) if begin <= a and b <= end]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def latency(port: int, options: argparse.Namespace, vocab: int, *, prompts: bool) -> dict[str, float]:
+    """Quantiles of the time between tokens, in milliseconds."""
+    at = time.monotonic() + _LEAD
+    job = {
+        "prompt_tokens": options.prompt_tokens,
+        "tokens": options.latency_tokens,
+        "vocab": vocab,
+        "seed": 99,
+    }
+    started = run_streams(port, options.latency_streams, options.processes, at, **job)
+    loader = None
+    if prompts:
+        loader = Clients({
+            "kind": "prompts", "port": port, "at": at + options.settle, "seconds": options.seconds,
+            "rate": options.rate, "prompt_tokens": options.long_prompt, "vocab": vocab, "seed": 7,
+        })  # fmt: skip
+    times = [stream for clients in started for stream in clients.result()["times"]]
+    begin = max(stream[0] for stream in times) + options.settle
+    end = min(begin + options.seconds, min(stream[-1] for stream in times))
+    loaded = loader.result() if loader is not None else None
+    if loaded is not None:  # while prompts were there
+        begin, end = max(begin, loaded["begin"]), min(loaded["end"], min(stream[-1] for stream in times))
+    found = gaps(times, begin, end) * 1e3
+    if not len(found):
+        raise RuntimeError("the streams ended too early: ask for more --latency-tokens")
+    quantiles = torch.quantile(found, torch.tensor([0.5, 0.9, 0.99], dtype=found.dtype)).tolist()
+    row = dict(zip(("p50_ms", "p90_ms", "p99_ms"), quantiles, strict=True))
+    row |= {"max_ms": found.max().item(), "gaps": float(len(found)), "window_seconds": end - begin}
+    if loaded is not None:
+        taken = sorted(loaded["seconds"])
+        row |= {"long_prompts": float(len(taken)), "long_prompt_seconds_median": taken[len(taken) // 2]}
+    return row
+
+
+def measure(artifact: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, on one loaded model."""
+    room = max(
+        max(options.streams) * (options.prompt_tokens + options.decode_tokens + 64),
+        options.latency_streams * (options.prompt_tokens + options.latency_tokens + 64)
+        + 8 * options.long_prompt,
+    )
+    model = load(
+        artifact,
+        device=options.device,
+        verify="sizes",
+        max_sequences=max(*options.streams, options.latency_streams + 8),
+        max_cache_tokens=room,
+    )
+    vocab = model.engine.vocab_size
+    engine = bench(
+        model, batches=tuple(options.streams), prompt_tokens=options.prompt_tokens,
+        decode_tokens=options.decode_tokens, repeats=options.repeats,
+    )  # fmt: skip
+    result: dict[str, Any] = {"throughput": [], "latency": {}}
+    with serving(model) as port:
+        for streams, bare in zip(options.streams, engine, strict=True):
+            # The first run captures graphs and is not counted.
+            runs = [throughput(port, streams, options, 1000 * r, vocab) for r in range(options.repeats + 1)][
+                1:
+            ]
+            best = max(runs, key=lambda run: run["decode"])
+            prefill = streams * bare.prompt_tokens / bare.prefill_tokens_per_second
+            whole = (
+                streams
+                * bare.decode_tokens
+                / (prefill + streams * bare.decode_tokens / bare.decode_tokens_per_second)
+            )
+            row = {
+                "streams": streams, "engine_decode": bare.decode_tokens_per_second, "engine_whole": whole,
+                "server": runs, "decode_ratio": best["decode"] / bare.decode_tokens_per_second,
+                "whole_ratio": max(run["whole"] for run in runs) / whole,
+            }  # fmt: skip
+            result["throughput"].append(row)
+            print(
+                f"{streams} streams: engine {bare.decode_tokens_per_second:.0f}, "
+                f"server {best['decode']:.0f} tokens/s while all generate "
+                f"(ratio {row['decode_ratio']:.3f}); whole {row['whole_ratio']:.3f}",
+                flush=True,
+            )
+    for name, chunked in (("chunked", True), ("unchunked", False)):
+        with serving(model, chunked_prefill=chunked) as port:
+            rows = {
+                kind: latency(port, options, vocab, prompts=kind == "loaded") for kind in ("quiet", "loaded")
+            }
+        rows["p99_ratio"] = rows["loaded"]["p99_ms"] / rows["quiet"]["p99_ms"]
+        result["latency"][name] = rows
+        print(
+            f"{name}: p99 between tokens {rows['quiet']['p99_ms']:.1f} ms quiet, "
+            f"{rows['loaded']['p99_ms']:.1f} ms with prompts of {options.long_prompt} tokens "
+            f"(ratio {rows['p99_ratio']:.2f})",
+            flush=True,
+        )
+    return result
+
+
+def prepare(options: argparse.Namespace) -> Path:
+    """The artifact of a shape with synthetic weights, made if DIR does not hold it yet."""
+    artifact = options.work / f"{options.shape}-serve"
+    if not artifact.exists():
+        checkpoint = options.work / f"{options.shape}-serve-checkpoint"
+        if not checkpoint.exists():
+            make_checkpoint(options.shape, checkpoint)
+        qcompile(checkpoint, artifact, [*options.compile.split(), "--device", options.device])
+    return artifact
+
+
+def main() -> None:
+    """Measure and write one JSON file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("artifact", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--work", type=Path, help="folder for what --shape makes")
+    parser.add_argument(
+        "--compile", default="--method hqq --bits 4 --group-size 64", help="qcompile arguments"
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--decode-tokens", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=4, help="client processes")
+    parser.add_argument("--latency-streams", type=int, default=32)
+    parser.add_argument("--latency-tokens", type=int, default=1280)
+    parser.add_argument("--settle", type=float, default=1.0, help="seconds before gaps count")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds for which gaps count")
+    parser.add_argument("--long-prompt", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=1.0, help="long prompts per second")
+    options = parser.parse_args()
+    if (options.artifact is None) == (options.shape is None) or (options.shape and not options.work):
+        parser.error("give an ARTIFACT, or --shape with --work")
+    artifact = options.artifact or prepare(options)
+    started = time.perf_counter()
+    result = measure(artifact, options)
+    settings = {k: v for k, v in vars(options).items() if k not in ("artifact", "work", "output", "device")}
+    head = {
+        "command": "python -m benchmarks.serve", "model": artifact.name,
+        "device": device_name(options.device),
+        "torch": torch.__version__, "python": platform.python_version(), "settings": settings,
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({**head, **result}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
