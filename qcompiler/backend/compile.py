@@ -208,7 +208,7 @@ class _Stored:
     def serves(self, args: Sequence[Any]) -> bool:
         """True if `args` hold these very parameters, unchanged."""
         for position, known, known_version in self._known:
-            parameter = args[position]
+            parameter: torch.Tensor = args[position]
             if known() is not parameter or version(parameter) != known_version:
                 return False
         return True

@@ -1,4 +1,4 @@
-"""The tensors of a lowered graph as its inputs, told to the compiler as Dynamo tells it of a module's weights."""
+"""The tensors of a lowered graph as its inputs, described as Dynamo describes a module's weights."""
 
 from __future__ import annotations
 
