@@ -12,7 +12,7 @@ import click
 from qcompiler import __version__
 from qcompiler.cli.config_file import apply_config
 from qcompiler.cli.method_flags import collect, method_flags, typed
-from qcompiler.kernels.errors import QCompilerError
+from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.options import DTYPES, CompileOptions, parse_bits
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # What `qcompiler[compile]` brings and a runtime-only installation lacks.
 _COMPILE_EXTRAS = frozenset({"transformers", "psutil", "packaging", "huggingface_hub"})
+
+# What `--emit` knows; the artifact is what the others are made from.
+EMISSIONS = ("artifact", "pt2", "aoti")
 
 EPILOG = """\b
 Examples:
@@ -54,6 +57,10 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option(
     "-g", "--group-size", type=int, help="Weights per scale: 16, 32, 64, 128, 256; 0 = per output channel."
 )
+@click.option(
+    "--emit", default="artifact", show_default=True, metavar="LIST",
+    help="artifact and, beside it, pt2 (torch.export) or aoti (AOTInductor); comma between.",
+)  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Activation dtype."
@@ -96,8 +103,8 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("-v", "--verbose", is_flag=True, help="Every layer and pass; tracebacks.")
 @click.version_option(__version__)
 def qcompile(
-    model: str, method: str, bits: tuple[str, ...], dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
-    **flags: Any,
+    model: str, method: str, bits: tuple[str, ...], emit: str, dry_run: bool, as_json: bool, quiet: bool,
+    verbose: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Compile MODEL (a checkpoint folder, or a hub id) into a quantized artifact."""
     from rich.console import Console
@@ -105,6 +112,7 @@ def qcompile(
     stderr = Console(stderr=True, quiet=quiet)
     default, overrides = parse_bits(bits)
     method_options = collect(method, flags)
+    kinds = emissions(emit)
     # Heavy imports come after the command line was found to make sense.
     from qcompiler.methods.base import get_method
     from qcompiler.progress import ConsoleProgress, Progress
@@ -129,9 +137,42 @@ def qcompile(
         from qcompiler.pipeline import compile_model
 
         result = compile_model(options, progress)
+        emit_beside(options.output_path, kinds, str(options.device))
     result.print(stdout)
     if as_json:
         print(json.dumps(result.to_json()))
+
+
+def emissions(text: str) -> tuple[str, ...]:
+    """What `--emit` asks for beside the artifact.
+
+    Raises:
+        InvalidInputError: Something that is not emitted, or no artifact.
+    """
+    kinds = tuple(kind.strip() for kind in text.split(","))
+    unknown = [kind for kind in kinds if kind not in EMISSIONS]
+    if unknown or "artifact" not in kinds:
+        reason = (
+            f"there is no emission {unknown[0]!r}" if unknown else "the others are made from the artifact"
+        )
+        raise InvalidInputError(
+            f"--emit {text!r}: {reason}", hint=f"Write artifact, or artifact with some of {EMISSIONS[1:]}."
+        )
+    return tuple(kind for kind in EMISSIONS[1:] if kind in kinds)
+
+
+def emit_beside(artifact: Path, kinds: tuple[str, ...], device: str) -> None:
+    """Write `<artifact>.pt2` and `<artifact>-aoti.pt2` as asked for."""
+    if "pt2" in kinds:
+        from qcompiler.emit.pt2 import emit_pt2
+
+        emit_pt2(artifact, artifact.with_name(f"{artifact.name}.pt2"))
+    if "aoti" in kinds:
+        from qcompiler.emit.aoti import emit_aoti
+        from qcompiler.plan import pick_device
+
+        where = pick_device(device).type
+        emit_aoti(artifact, artifact.with_name(f"{artifact.name}-aoti.pt2"), device=where)
 
 
 def main(argv: list[str] | None = None) -> None:
