@@ -129,6 +129,7 @@ def qcompile(
 
     progress = Progress() if quiet else ConsoleProgress(stderr, verbose=verbose)
     stdout = Console(quiet=quiet or as_json)
+    check_beside(options.output_path, kinds, overwrite=options.overwrite)
     if dry_run:
         from qcompiler.estimate import dry_run as estimate
 
@@ -152,27 +153,43 @@ def emissions(text: str) -> tuple[str, ...]:
     kinds = tuple(kind.strip() for kind in text.split(","))
     unknown = [kind for kind in kinds if kind not in EMISSIONS]
     if unknown or "artifact" not in kinds:
-        reason = (
-            f"there is no emission {unknown[0]!r}" if unknown else "the others are made from the artifact"
-        )
+        reason = f"there is no {unknown[0]!r}" if unknown else "the others are made from the artifact"
         raise InvalidInputError(
             f"--emit {text!r}: {reason}", hint=f"Write artifact, or artifact with some of {EMISSIONS[1:]}."
         )
     return tuple(kind for kind in EMISSIONS[1:] if kind in kinds)
 
 
+def beside(artifact: Path, kind: str) -> Path:
+    """The file of an emission: `<artifact>.pt2`, `<artifact>-aoti.pt2`."""
+    return artifact.with_name(artifact.name + {"pt2": ".pt2", "aoti": "-aoti.pt2"}[kind])
+
+
+def check_beside(artifact: Path, kinds: tuple[str, ...], *, overwrite: bool) -> None:
+    """Refuse files that are there already, before any work.
+
+    Raises:
+        InvalidInputError: One is, and `overwrite` is not set.
+    """
+    for kind in kinds:
+        if beside(artifact, kind).exists() and not overwrite:
+            raise InvalidInputError(
+                f"{beside(artifact, kind)} exists", hint="Give --overwrite to replace it."
+            )
+
+
 def emit_beside(artifact: Path, kinds: tuple[str, ...], device: str) -> None:
-    """Write `<artifact>.pt2` and `<artifact>-aoti.pt2` as asked for."""
-    if "pt2" in kinds:
-        from qcompiler.emit.pt2 import emit_pt2
+    """Write the emissions beside the artifact."""
+    for kind in kinds:
+        if kind == "pt2":
+            from qcompiler.emit.pt2 import emit_pt2
 
-        emit_pt2(artifact, artifact.with_name(f"{artifact.name}.pt2"))
-    if "aoti" in kinds:
-        from qcompiler.emit.aoti import emit_aoti
-        from qcompiler.plan import pick_device
+            emit_pt2(artifact, beside(artifact, kind))
+        else:
+            from qcompiler.emit.aoti import emit_aoti
+            from qcompiler.plan import pick_device
 
-        where = pick_device(device).type
-        emit_aoti(artifact, artifact.with_name(f"{artifact.name}-aoti.pt2"), device=where)
+            emit_aoti(artifact, beside(artifact, kind), device=pick_device(device).type)
 
 
 def main(argv: list[str] | None = None) -> None:
