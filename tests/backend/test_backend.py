@@ -318,3 +318,22 @@ def test_bfloat16_takes_the_packed_kernel_of_the_cpu():
     run, backend = compiled(model, bits=4)
     close(run(x).float(), dequantized(model, "rtn", 4)(x).float(), 4e-2)
     assert len(backend.reports[0].quantized) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(("method", "bits"), [("hqq", 4), ("bnb", 4), ("eetq", 8)])
+def test_on_a_gpu_through_inductor_with_and_without_cuda_graphs(method, bits, mode):
+    model = Block(256).eval().to("cuda", torch.bfloat16)
+    run, backend = compiled(model, method=method, bits=bits, compiler="inductor", mode=mode)
+    wanted = dequantized(model, method, bits)
+    for rows in (4, 1, 33):
+        x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
+        for _ in range(4):  # warm-up, capture, replays
+            got = run(x).clone()
+            close(got.float(), wanted(x).float(), 3e-2)
+    model.down.weight.mul_(2)
+    close(run(x).float(), dequantized(model, method, bits)(x).float(), 3e-2)
+    assert not counters["graph_break"]
+    assert len(backend.reports[0].quantized) == 3

@@ -156,3 +156,31 @@ def test_an_aotinductor_package_on_the_cpu(tmp_path):
     path = emit_aoti(one_layer(tmp_path), tmp_path / "model.pt2")
     assert path.stat().st_size > 10_000
     assert not list(tmp_path.glob(".model-*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_program_on_a_gpu(tiny_q4, tmp_path):
+    artifact = open_artifact(tiny_q4)
+    path = emit_pt2(tiny_q4, tmp_path / "tiny.pt2", device="cuda")
+    program = torch.export.load(path).module()
+    given = example_inputs(artifact.graph.inputs, torch.device("cpu"))
+    (wanted,) = load_program(artifact, torch.device("cpu"))(given)
+    moved = [
+        value.cuda() if isinstance(value, torch.Tensor) else value
+        for value in example_inputs(artifact.graph.inputs, torch.device("cpu")).values()
+    ]
+    torch.testing.assert_close(program(*moved).cpu(), wanted, atol=5e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_aotinductor_package_on_a_gpu_is_whole_or_refused(tiny_q4, tmp_path):
+    """torch may crash over it (seen with 2.11); this process must not, and nothing half-made may stay."""
+    try:
+        path = emit_aoti(tiny_q4, tmp_path / "tiny.pt2", device="cuda")
+    except InvalidInputError as error:
+        assert "for cuda failed" in error.message
+        assert not list(tmp_path.iterdir())
+    else:
+        assert path.is_file()
