@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,12 @@ def test_the_yaml_and_an_engine_in_an_asyncio_program(tmp_path):
     assert len(answers) == 4
     assert all(len(line.split("|")[1].split()) > 3 for line in answers)
     assert last.startswith("running 0, pages in use 0 of ")
+
+
+def test_the_page_on_stacks_shows_what_works():
+    text = (ROOT / "docs" / "stacks.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.S))
+    assert "['0'] [('2', 'skip 2')]\n" in run("-c", code.replace('"method": "hqq"', '"compiler": "eager"'))
+    package = (EXAMPLES / "plugin" / "pyproject.toml").read_text(encoding="utf-8")
+    (declared,) = re.findall(r"```toml\n(.*?)```", text, flags=re.S)
+    assert declared.strip() in package
