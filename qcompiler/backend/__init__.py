@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qcompiler.backend.compile import GraphReport as GraphReport
     from qcompiler.backend.options import BackendOptions as BackendOptions
 
-__all__ = ["Backend", "BackendOptions", "GraphReport", "qcompiler"]
+__all__ = ["Backend", "BackendOptions", "GraphReport", "forget", "qcompiler"]
 
 _LAZY = {
     "Backend": "qcompiler.backend.compile",
@@ -50,6 +50,13 @@ def qcompiler(
     from qcompiler.backend.compile import Backend
 
     return Backend(mode=mode, **dict(options or {}))(gm, example_inputs)
+
+
+def forget() -> None:
+    """Quantize every weight anew at its next use, after writes that torch does not count (`.data`)."""
+    from qcompiler.backend.weights import WEIGHTS
+
+    WEIGHTS.clear()
 
 
 def __getattr__(name: str) -> Any:

@@ -200,6 +200,7 @@ class _Stored:
 
     def __init__(self, positions: Sequence[int], parameters: Sequence[Any], tensors: list[torch.Tensor]):
         self.tensors = tensors
+        self._generation = WEIGHTS.generation
         self._known = [
             (position, weakref.ref(parameter), version(parameter))
             for position, parameter in zip(positions, parameters, strict=True)
@@ -207,6 +208,8 @@ class _Stored:
 
     def serves(self, args: Sequence[Any]) -> bool:
         """True if `args` hold these very parameters, unchanged."""
+        if self._generation != WEIGHTS.generation:
+            return False
         for position, known, known_version in self._known:
             parameter: torch.Tensor = args[position]
             if known() is not parameter or version(parameter) != known_version:

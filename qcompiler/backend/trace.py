@@ -93,11 +93,15 @@ def trace(gm: GraphModule, example_inputs: Sequence[Any]) -> Traced:
     )
 
 
+def source_name(node: fx.Node) -> str:
+    """The Python expression by which Dynamo reaches an input; empty for other nodes."""
+    name: Any = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)  # a method in older versions of torch
+
+
 def parameter_name(node: fx.Node) -> str:
     """Name of a parameter in the user's model, as far as Dynamo tells; else the name of its input."""
-    source: Any = getattr(node, "_dynamo_source", None)
-    text = getattr(source, "name", "")
-    text = text() if callable(text) else text  # a method before torch 2.12
+    text = source_name(node)
     root = re.match(r"[LG]\['[^']*'\]", text)
     if root is not None:
         parts = [a or b for a, b in _MEMBER.findall(text[root.end() :])]
@@ -108,14 +112,16 @@ def parameter_name(node: fx.Node) -> str:
 
 
 class _FixedScalars(fx.Interpreter):
-    """Runs Dynamo's graph with its floats (an epsilon, a scale) as numbers, which passes can read.
+    """Runs Dynamo's graph with the floats of modules (an epsilon) as numbers, which passes can read.
 
     With dynamic shapes Dynamo hands them in as symbols; turning one into a number adds a guard on it.
+    A float that the caller passes, such as a temperature, stays a symbol and may vary.
     """
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, torch.SymFloat) and result.node.has_hint():
+        held = any("." in source_name(source) for source in n.all_input_nodes)
+        if held and isinstance(result, torch.SymFloat) and result.node.has_hint():
             return float(result)
         return result
 

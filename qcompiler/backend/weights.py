@@ -19,19 +19,27 @@ from qcompiler.passes.weights import Loaded, Quantized, Recipe, resolve, sources
 Parameters = Mapping[str, torch.Tensor]
 
 
-def version(parameter: torch.Tensor) -> int:
-    """How often a tensor was written to in place, as far as torch counts (not for inference tensors)."""
-    return 0 if parameter.is_inference() else parameter._version
+def version(parameter: torch.Tensor) -> tuple[int, int]:
+    """What changes with a tensor's values, as far as torch tells: its count of writes in place, its memory.
+
+    A write through `.data` is not counted, nor is any to an inference tensor: see `forget`.
+    """
+    return (0 if parameter.is_inference() else parameter._version), parameter.data_ptr()
 
 
 class WeightCache:
-    """Made tensors by recipe and parameters; thread-safe."""
+    """Made tensors by recipe and parameters; thread-safe.
+
+    Attributes:
+        generation: How often everything was forgotten; who holds tensors of an earlier one asks again.
+    """
 
     def __init__(self) -> None:
+        self.generation = 0
         self._lock = threading.RLock()
         self._made: dict[Hashable, Any] = {}
         self._keys: dict[int, set[Hashable]] = {}
-        self._watched: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._watched: dict[int, tuple[weakref.ref[torch.Tensor], tuple[int, int]]] = {}
 
     def __len__(self) -> int:
         return len(self._made)
@@ -52,6 +60,7 @@ class WeightCache:
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
+            self.generation += 1
             self._made.clear()
             self._keys.clear()
             self._watched.clear()

@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
-from qcompiler.backend import Backend
+from qcompiler.backend import Backend, forget
 from qcompiler.backend.weights import WEIGHTS
 from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
 from qcompiler.kernels.formats import get_format
@@ -163,6 +163,17 @@ def test_changed_and_replaced_weights_are_quantized_anew():
     close(run(x), dequantized(model, "rtn", 8)(x))
 
 
+def test_a_write_that_torch_does_not_count_needs_a_word():
+    model, x = Block().eval(), torch.randn(4, 64)
+    run, _ = compiled(model)
+    run(x)
+    model.down.weight.data = model.down.weight.data * 2  # other memory: seen
+    close(run(x), dequantized(model, "rtn", 8)(x))
+    model.down.weight.data.mul_(2)
+    forget()
+    close(run(x), dequantized(model, "rtn", 8)(x))
+
+
 def test_stored_tensors_go_with_the_parameters():
     model = Block().eval()
     run, _ = compiled(model)
@@ -261,6 +272,16 @@ def test_a_float_that_shapes_the_graph_is_guarded():
     for scale in (0.5, 3.0):
         model.scale = scale
         close(run(x), dequantized(model, "rtn", 8)(x))
+
+
+def test_a_float_of_the_caller_may_vary():
+    layer = nn.Linear(64, 64).eval()
+    backend = Backend(method="rtn", bits=8, compiler="eager")
+    run = torch.compile(lambda x, temperature: layer(x) / temperature, backend=backend, dynamic=True)
+    x, wanted = torch.randn(3, 64), dequantized(nn.Sequential(layer), "rtn", 8)
+    for temperature in (0.5, 0.7, 1.3, 2.0):
+        close(run(x, temperature), wanted(x) / temperature)
+    assert len(backend.reports) == 1
 
 
 @pytest.mark.parametrize(
