@@ -19,7 +19,8 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from qcompiler.kernels.errors import InvalidInputError, UnsupportedModelError
-from qcompiler.passes.graph_utils import set_attribute
+from qcompiler.kernels.library import registered_ops
+from qcompiler.passes.graph_utils import op_name, set_attribute
 from qcompiler.runtime.artifact import Artifact, open_artifact
 from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph, Input, ModelDevice, Ref, Weight
 
@@ -57,20 +58,27 @@ _SCALARS: dict[str, Callable[..., Any]] = {
 
 
 def emit_pt2(
-    source: str | os.PathLike[str] | Artifact, out: str | os.PathLike[str], *, device: str = "cpu"
+    source: str | os.PathLike[str] | Artifact | fx.GraphModule,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    inputs: tuple[Any, ...] | None = None,
+    shapes: Any = None,
 ) -> Path:
-    """Write an artifact's program as `.pt2`.
+    """Write a program as `.pt2`.
 
     Args:
-        source: The artifact.
+        source: An artifact; or a graph with real weights that passes have rewritten.
         out: The file to write; its name ends in `.pt2`. An existing file is replaced.
-        device: Where the program's weights and constants are; "cpu" or "cuda".
+        device: Where an artifact's weights and constants go: "cpu" or "cuda".
+        inputs: Of a graph: example inputs.
+        shapes: Of a graph: which of their sizes vary, as torch.export's `dynamic_shapes`.
 
     Returns:
         The file.
 
     Raises:
-        InvalidInputError: Another file name, or a folder that does not exist.
+        InvalidInputError: Another file name, a folder that does not exist, or a graph without inputs.
         UnsupportedModelError: torch.export does not take the program.
     """
     path = Path(out)
@@ -78,7 +86,10 @@ def emit_pt2(
         raise InvalidInputError(f"{path}: torch wants a file name that ends in .pt2")
     if not path.parent.is_dir():
         raise InvalidInputError(f"{path.parent} is not a folder", hint="Create it first.")
-    program = export_artifact(source, device=device)
+    if isinstance(source, fx.GraphModule):
+        program = export_graph(source, inputs, shapes)
+    else:
+        program = export_artifact(source, device=device)
     partial = path.with_name(f"{path.stem}.partial.pt2")
     try:
         torch.export.save(program, partial)
@@ -109,9 +120,36 @@ def export_artifact(
     module = graph_module(graph, artifact.read, torch.device(device), numbers_as_sizes)
     inputs = example_inputs(graph.inputs, torch.device(device), numbers_as_sizes)
     shapes = dynamic_shapes(graph.inputs, numbers_as_sizes)
+    return _export(module, tuple(inputs.values()), shapes)
+
+
+def export_graph(gm: fx.GraphModule, inputs: tuple[Any, ...] | None, shapes: Any = None) -> ExportedProgram:
+    """A graph that passes have rewritten, with its weights, exported once more.
+
+    Raises:
+        InvalidInputError: No example inputs, weights on meta, or ops that the kernels alone do not register.
+        UnsupportedModelError: torch.export does not take the graph.
+    """
+    if inputs is None:
+        raise InvalidInputError("a graph is exported with example inputs", hint="Pass inputs=(x, …).")
+    held = [*gm.named_parameters(), *gm.named_buffers()]
+    meta = next((name for name, tensor in held if tensor.is_meta), None)
+    if meta is not None:
+        raise InvalidInputError(f"weight {meta} is on meta, without values", hint="Resolve its recipe first.")
+    for node in gm.graph.nodes:
+        known = registered_ops().get(op_name(node) or "")
+        if known is not None and known.reference.__module__.startswith("qcompiler.kernels.cpu"):
+            raise InvalidInputError(
+                f"node {node.name} calls {known.name}, which runs on repacked weights of one device",
+                hint="Leave SelectKernels out of the passes of a graph that is emitted.",
+            )
+    return _export(gm, inputs, shapes)
+
+
+def _export(module: fx.GraphModule, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, AssertionError, torch._dynamo.exc.TorchDynamoException) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"torch.export does not take the program: {reason}") from error

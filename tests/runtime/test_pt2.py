@@ -126,6 +126,31 @@ def test_an_encoder_too(tmp_path):
         torch.testing.assert_close(got, one, atol=1e-5, rtol=1e-4)
 
 
+def test_a_graph_of_ones_own_after_passes(tmp_path):
+    from qcompiler.methods.base import get_method
+    from qcompiler.passes import PassManager, QuantizeLinears, SelectKernels, canonical_passes
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU()).eval(), torch.randn(5, 64)
+    tokens = {0: torch.export.Dim("tokens", min=1, max=512)}
+    graph = torch.export.export(model, (x,), dynamic_shapes=(tokens,)).module(check_guards=False)
+    method = get_method("rtn")
+    quantize = QuantizeLinears(
+        lambda *_: method.resolve_spec(8), lambda name, weight, spec: method.quantize(weight, spec)
+    )
+    PassManager([*canonical_passes(), quantize]).run(graph)
+    path = emit_pt2(graph, tmp_path / "mine.pt2", inputs=(x,), shapes=(tokens,))
+    loaded = torch.export.load(path).module()
+    for rows in (1, 5, 9):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(loaded(x), graph(x))
+    SelectKernels("cpu").run(graph)
+    with pytest.raises(InvalidInputError, match=r"linear_affine_cpu_dense.*repacked weights"):
+        emit_pt2(graph, tmp_path / "other.pt2", inputs=(x,))
+    with pytest.raises(InvalidInputError, match="example inputs"):
+        emit_pt2(graph, tmp_path / "other.pt2")
+
+
 def test_another_name_or_folder_is_refused(tiny_q4, tmp_path):
     with pytest.raises(InvalidInputError, match=r"ends in \.pt2"):
         emit_pt2(tiny_q4, tmp_path / "tiny.bin")
