@@ -156,8 +156,7 @@ class _Program:
         self.names = list(traced.parameters)
         self.positions = list(traced.parameters.values())
         self.options = options
-        method, _, settings = options.resolved()
-        self._method, self._settings = method, settings
+        self._method, self._spec, self._settings = options.resolved()
 
     def lower(self, parameters: Sequence[torch.Tensor]) -> tuple[GraphModule, dict[str, torch.Tensor]]:
         """The graph for these parameters, and every tensor that it reads by name.
@@ -166,24 +165,23 @@ class _Program:
             parameters: Real tensors, in the order of `names`.
         """
         real = dict(zip(self.names, parameters, strict=True))
-        settings = (self._method.name, tuple(sorted(self._settings.items())))
+        settings = (self._method.name, self._spec, tuple(sorted(self._settings.items())))
         graph = copy.deepcopy(self.graph)
         weight_recipes(graph).update(weight_recipes(self.graph))
         with torch.no_grad():
             maker = Maker(WEIGHTS, real, self._quantize, settings)
-            made = set()
-            for name in read_tensors(graph):
-                held = get_attribute(graph, name)
-                if held.is_meta:
+            before = read_tensors(graph)
+            for name in before:
+                if get_attribute(graph, name).is_meta:  # else a tensor that the user's code writes out
                     set_attribute(graph, name, maker.tensor(recipe_of(graph, name)))
-                    made.add(name)
-            if made and all(tensor.device.type == "cpu" for tensor in parameters):
+            if parameters and all(tensor.device.type == "cpu" for tensor in parameters):
                 SelectKernels("cpu", lean=self.options.lean).run(graph)
             tensors = {name: get_attribute(graph, name) for name in read_tensors(graph)}
-            for name in tensors.keys() - made:
+            for name in tensors.keys() - set(before):
                 # Repacked for a kernel: a second graph over the same parameters shares the tensor.
                 packed: torch.Tensor = tensors[name]
-                key = ("prepared", name, tuple(packed.shape), packed.dtype, self.options.lean, settings)
+                facts = (tuple(packed.shape), packed.dtype, self.options.lean)
+                key = ("prepared", name, tuple(self.names), facts, settings)
                 tensors[name] = WEIGHTS.once(key, real, partial(_itself, packed))
         return graph, tensors
 

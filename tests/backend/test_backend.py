@@ -174,6 +174,23 @@ def test_a_write_that_torch_does_not_count_needs_a_word():
     close(run(x), dequantized(model, "rtn", 8)(x))
 
 
+def test_two_widths_of_one_model_do_not_mix():
+    model, x = Block().eval(), torch.randn(4, 64)
+    for bits in (8, 3, 8):
+        close(compiled(model, bits=bits)[0](x), dequantized(model, "rtn", bits)(x))
+
+
+def test_tensors_that_the_code_writes_out_stay_its_own():
+    layer, x = nn.Linear(64, 2).eval(), torch.randn(3, 64)
+    wanted = dequantized(nn.Sequential(layer), "rtn", 8)(x)
+    for shift in ([1.0, 2.0], [30.0, 40.0]):
+        run = torch.compile(
+            lambda x, shift=shift: layer(x) + torch.tensor(shift),
+            backend=Backend(method="rtn", bits=8, compiler="eager"),
+        )
+        close(run(x), wanted + torch.tensor(shift))
+
+
 def test_stored_tensors_go_with_the_parameters():
     model = Block().eval()
     run, _ = compiled(model)
