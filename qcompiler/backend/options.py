@@ -13,6 +13,8 @@ from qcompiler.methods.base import Method, get_method
 from qcompiler.methods.calibrated import CalibratedMethod
 
 COMPILERS = ("inductor", "eager")
+# Output heads, and the routers of experts as transformers names them: a flipped choice costs a whole expert.
+DEFAULT_SKIP = ("lm_head", "mlp.gate", "block_sparse_moe.gate", "router", "router.*", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class BackendOptions:
     bits: int | None = None
     group_size: int | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = DEFAULT_SKIP
     fuse: bool = True
     compiler: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
