@@ -1,7 +1,8 @@
 """Graph passes: FX graph in, FX graph out; they import the kernels' floor and nothing above.
 
 `canonical_passes()` make any exported graph readable to the rest, in one form
-per idea; `lowering_passes()` make it what the runtime executes.
+per idea; `lowering_passes()` make it what the runtime executes. What `__all__`
+names is the public interface, at `API_VERSION`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from qcompiler.passes.addmm_to_linear import AddmmToLinear
-from qcompiler.passes.base import Pass, PassResult, Skip
+from qcompiler.passes.base import API_VERSION, Pass, PassResult, Skip
 from qcompiler.passes.cleanup import InlineSubgraphs, RemoveAsserts, RemoveNoOps
 from qcompiler.passes.common_subexpressions import MergeCommonSubexpressions
 from qcompiler.passes.functionalize import Functionalize
@@ -21,6 +22,7 @@ from qcompiler.passes.fuse_rotary import FuseRotary
 from qcompiler.passes.fuse_sibling_linears import FuseSiblingLinears
 from qcompiler.passes.gather_logits_rows import GatherLogitsRows
 from qcompiler.passes.graph_text import graph_text
+from qcompiler.passes.graph_utils import argument, calls, insert_attribute, insert_call, is_parameter, replace
 from qcompiler.passes.insert_paged_kv_cache import InsertPagedKVCache, InsertRagged
 from qcompiler.passes.manager import PassManager
 from qcompiler.passes.quantize_embeddings import QuantizeEmbeddings
@@ -40,6 +42,7 @@ from qcompiler.passes.weights import (
 )
 
 __all__ = [
+    "API_VERSION",
     "AddmmToLinear",
     "Concat",
     "ExpertRows",
@@ -70,9 +73,15 @@ __all__ = [
     "SelectKernels",
     "Skip",
     "Zeros",
+    "argument",
+    "calls",
     "canonical_passes",
     "graph_text",
+    "insert_attribute",
+    "insert_call",
+    "is_parameter",
     "lowering_passes",
+    "replace",
     "resolve",
     "sources",
     "weight_recipes",

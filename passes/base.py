@@ -14,8 +14,12 @@ from typing import ClassVar, NamedTuple
 
 from torch.fx import GraphModule, Node
 
-from qcompiler.kernels.errors import PassError
+from qcompiler.kernels.errors import InvalidInputError, PassError
 from qcompiler.passes.graph_utils import drop_unused_attributes
+
+# Version (major, minor) of what `qcompiler.passes` exports: the major one is raised when a name goes or a
+# meaning changes, the minor one when something is added.
+API_VERSION = (1, 0)
 
 
 class Skip(NamedTuple):
@@ -57,9 +61,11 @@ class Pass(ABC):
         name: Short snake_case name, used in reports and dumps.
         required: The pass manager raises `PassError` when the pass matches nothing.
         changes_numerics: True if results may differ by more than the rounding of a fused kernel.
+        api: The `API_VERSION` that the pass was written for; a pass from another package pins it.
     """
 
     name: ClassVar[str]
+    api: ClassVar[tuple[int, int]] = API_VERSION
     required: bool = False
     changes_numerics: ClassVar[bool] = False
 
@@ -99,3 +105,18 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """Rewrite `gm.graph`, counting into `result`; dead code is removed afterwards."""
+
+
+def check_api(item: Pass) -> None:
+    """Refuse a pass that was written for another major version, or for a later minor one.
+
+    Raises:
+        InvalidInputError: Names the pass and both versions.
+    """
+    major, minor = item.api
+    if major != API_VERSION[0] or minor > API_VERSION[1]:
+        raise InvalidInputError(
+            f"pass {item.name} was written for qcompiler.passes {major}.{minor}; "
+            f"this is {API_VERSION[0]}.{API_VERSION[1]}",
+            hint="Install the qcompiler that it was written for, or adapt the pass (docs/passes.md).",
+        )

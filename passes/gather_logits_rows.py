@@ -15,7 +15,6 @@ import torch
 from torch.fx import GraphModule
 
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
-from qcompiler.kernels.formats.calls import QUANTIZED_LINEARS
 from qcompiler.passes.base import Pass, PassResult
 from qcompiler.passes.graph_inputs import InputBuilder
 from qcompiler.passes.graph_utils import (
@@ -32,6 +31,7 @@ from qcompiler.passes.graph_utils import (
     shape_of,
     value,
 )
+from qcompiler.passes.quantize_linears import is_quantized_linear
 
 _ops = torch.ops.qcompiler
 
@@ -111,7 +111,7 @@ def _row_wise(node: Node, tokens: Any) -> bool:
     """True if row i of every result of `node` depends on row i of its inputs alone."""
     if node.op != "call_function":
         return False
-    allowed = _ROW_WISE.get(node.target)
+    allowed = _always if is_quantized_linear(node) else _ROW_WISE.get(node.target)
     if allowed is None or not allowed(node):
         return False
     results = value(node)
@@ -151,7 +151,6 @@ def _kept_last(node: Node) -> bool:
     return _on_last(1, "dim", -1)(node) and bool(argument(node, 2, "keepdim", False))
 
 
-_QUANTIZED = tuple(getattr(_ops, name).default for name in sorted(QUANTIZED_LINEARS))
 _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
     **dict.fromkeys(
         (
@@ -160,7 +159,7 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
             aten.tanh.default, aten.sigmoid.default, aten.relu.default, aten.silu.default,
             aten.gelu.default, aten.clamp.default, aten.to.dtype, aten._to_copy.default,
             aten.alias.default, aten.clone.default, aten.contiguous.default, aten.linear.default,
-            *_QUANTIZED, _ops.rms_norm.default, _ops.add_rms_norm.default,
+            _ops.rms_norm.default, _ops.add_rms_norm.default,
             _ops.layer_norm.default, _ops.silu_mul.default, _ops.gelu_mul.default, operator.getitem,
         ),
         _always,
@@ -176,10 +175,10 @@ _ROW_WISE: dict[Any, Callable[[Node], bool]] = {
 }  # fmt: skip
 
 _HEAVY = (
-    aten.linear.default, *_QUANTIZED, _ops.rms_norm.default, _ops.add_rms_norm.default,
+    aten.linear.default, _ops.rms_norm.default, _ops.add_rms_norm.default,
     _ops.layer_norm.default, aten.layer_norm.default, aten.rsqrt.default,
 )  # fmt: skip
 
 
 def _is_heavy(node: Node) -> bool:
-    return calls(node, *_HEAVY)
+    return is_quantized_linear(node) or calls(node, *_HEAVY)

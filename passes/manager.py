@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from qcompiler.kernels.errors import PassError
-from qcompiler.passes.base import Pass, PassResult
+from qcompiler.kernels.errors import InvalidInputError, PassError
+from qcompiler.passes.base import Pass, PassResult, check_api
 from qcompiler.passes.graph_text import graph_text
 
 logger = logging.getLogger(__name__)
@@ -22,10 +22,15 @@ class PassManager:
         passes: Run in this order.
         dump_dir: Folder for readable graphs: `000_captured.txt`, then `001_<pass>.txt` after each
             pass, so that the text before a pass is the file before it. Made if missing.
+
+    Raises:
+        InvalidInputError: A pass was written for another version of this package.
     """
 
     def __init__(self, passes: Sequence[Pass], dump_dir: str | Path | None = None):
         self.passes = list(passes)
+        for item in self.passes:
+            check_api(item)
         self.dump_dir = None if dump_dir is None else Path(dump_dir)
 
     def run(self, gm: GraphModule) -> list[PassResult]:
@@ -35,8 +40,14 @@ class PassManager:
             One result per pass, in order.
 
         Raises:
+            InvalidInputError: `gm` is no graph module.
             PassError: A required pass matched nothing, or a pass broke the graph.
         """
+        if not isinstance(gm, GraphModule):
+            raise InvalidInputError(
+                f"passes run on a torch.fx.GraphModule, not on {type(gm).__name__}",
+                hint="An ExportedProgram gives one: program.module(). A module is exported first.",
+            )
         self._dump(gm, 0, "captured", None)
         results: list[PassResult] = []
         for index, item in enumerate(self.passes, start=1):

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from qcompiler.kernels.formats.base import GroupedFormat, get_format
-from qcompiler.kernels.formats.calls import QUANTIZED_LINEARS
+from qcompiler.kernels.formats.calls import is_linear_op
 from qcompiler.passes.addmm_to_linear import linear_bias
 from qcompiler.passes.base import Pass
 from qcompiler.passes.graph_utils import (
@@ -179,7 +179,7 @@ def linear_name(node: Node) -> str:
 
 def is_quantized_linear(node: Any) -> bool:
     """True for a linear over the tensors of a storage format."""
-    return op_name(node) in QUANTIZED_LINEARS
+    return is_linear_op(op_name(node))
 
 
 def linear_like(node: Any) -> bool:

@@ -18,7 +18,7 @@ from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.files import list_directory, read_json, sha256_file
 from qcompiler.runtime.graph import MAX_BYTES, MAX_DEPTH, Graph, Node, Weight, bind, decode
 from qcompiler.runtime.manifest import MANIFEST, GpuRequirement, LayerEntry, Manifest, read_manifest
-from qcompiler.runtime.opset import OP_LIBRARIES
+from qcompiler.runtime.opset import FORMAT_LIBRARY, library_version
 from qcompiler.runtime.tensorfile import TensorReader
 
 GRAPH = "graph.json"
@@ -155,11 +155,17 @@ def _check_files(root: Path, manifest: Manifest, present: dict[str, int], *, dig
 
 def _check_op_versions(manifest: Manifest) -> None:
     for library, version in manifest.ops.items():
-        known = OP_LIBRARIES.get(library)
+        known = library_version(library)
+        if known is None and library.startswith(FORMAT_LIBRARY):
+            raise ArtifactError(
+                f"{MANIFEST}: needs the storage format {library.removeprefix(FORMAT_LIBRARY)[:40]!r}, "
+                "which no installed package brings",
+                hint="Install the package that it was compiled with.",
+            )
         if known is None or version > known:
             raise ArtifactError(
                 f"{MANIFEST}: needs op library {library[:40]!r} version {version}, "
-                f"this runtime has {known or 'none'}",
+                f"this runtime has {'none' if known is None else known}",
                 hint="Upgrade: pip install -U qcompiler",
             )
 

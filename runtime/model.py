@@ -89,6 +89,7 @@ def load(
         max_cache_tokens=max_cache_tokens,
         cuda_graphs=cuda_graphs,
         lean=lean,
+        kv_bits=kv_bits,
     )
 
 
@@ -101,6 +102,7 @@ def load_opened(
     max_cache_tokens: int | None = None,
     cuda_graphs: bool = True,
     lean: bool = False,
+    kv_bits: str | int | None = None,
 ) -> Model:
     """`load` of an artifact that was opened and verified before."""
     chosen = choose_device(artifact, device)

@@ -4,7 +4,8 @@ An artifact's graph is data: an op is looked up in this table by its exact
 overload name and in no other way. The aten names are those that captures of
 transformers models contain, after canonicalisation or before it; ops that
 read files, draw random numbers or resize their inputs are not among them.
-`qcompiler.*` means the canonical ops of `qcompiler.kernels.ops`.
+`qcompiler.*` means the canonical ops of `qcompiler.kernels.ops`, and those that
+an installed package declares with its storage format.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from qcompiler.kernels.errors import ArtifactError
 
 # Version of each op library: raised when an op's meaning changes or a new op is needed.
 OP_LIBRARIES = {"aten": 1, "qcompiler": 2, "sym": 1}
+# A format that another package brings is a library of its own: "format:<name>".
+FORMAT_LIBRARY = "format:"
 
 _ATEN = """
 abs.default add.Scalar add.Tensor add_.Tensor addmm.default alias.default all.default amax.default
@@ -100,9 +103,30 @@ SYM_OPS: dict[str, tuple[int, Callable[..., Any]]] = {
 }
 
 
-def allowed_ops() -> frozenset[str]:
-    """Every op name that a graph file may use."""
-    return ATEN_OPS | frozenset(SYM_OPS) | _own_ops()
+def is_allowed(name: str) -> bool:
+    """True if a graph file may use an op of this name."""
+    return name in ATEN_OPS or name in SYM_OPS or name in _own_ops() or plugin_library(name) is not None
+
+
+def plugin_library(name: str) -> str | None:
+    """The op library, as a manifest lists it, of an op that an installed package's format declares."""
+    from qcompiler.kernels.formats.plugins import plugin_of
+
+    parts = name.split(".")
+    if len(parts) != 3 or parts[0] != "qcompiler" or parts[2] != "default" or name in _own_ops():
+        return None
+    format_ = plugin_of(parts[1])
+    return None if format_ is None else f"{FORMAT_LIBRARY}{format_.name}"
+
+
+def library_version(library: str) -> int | None:
+    """The version of an op library that this installation has, or None if it has no such library."""
+    from qcompiler.kernels.formats.plugins import plugin_format
+
+    if library.startswith(FORMAT_LIBRARY):
+        format_ = plugin_format(library.removeprefix(FORMAT_LIBRARY))
+        return None if format_ is None else format_.version
+    return OP_LIBRARIES.get(library)
 
 
 def resolve(name: str, where: str) -> torch._ops.OpOverload | None:
@@ -113,10 +137,11 @@ def resolve(name: str, where: str) -> torch._ops.OpOverload | None:
     """
     if name in SYM_OPS:
         return None
-    if name not in ATEN_OPS and name not in _own_ops():
+    if not is_allowed(name):
         raise ArtifactError(
             f"{where}: op {name[:80]!r} is not on the list of ops that a graph may use",
-            hint="Compile the model again with this version, or upgrade qcompiler.",
+            hint="Compile the model again with this version, upgrade qcompiler, or install the package that "
+            "brings the op's format.",
         )
     namespace, op, overload = name.split(".")
     try:

@@ -73,8 +73,24 @@ def run_python(code: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_importing_the_package_does_not_load_torch():
-    run_python("import qcompiler, qcompiler.kernels, sys; assert 'torch' not in sys.modules")
+HEAVY = ("torch", "transformers", "numpy", "triton")
+
+
+def seconds_of(code: str) -> float:
+    """CPU seconds of a fresh interpreter that runs `code` and must end without a heavy package loaded."""
+    check = f"; import sys, time; assert not set({HEAVY}) & set(sys.modules); print(time.process_time())"
+    done = subprocess.run(
+        [sys.executable, "-c", code + check], check=True, timeout=120, capture_output=True, text=True
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_the_package_is_imported_in_a_moment():
+    assert seconds_of("import qcompiler, qcompiler.kernels") < 0.3
+
+
+def test_the_help_is_there_in_a_moment():
+    assert seconds_of("from qcompiler.cli.main import *; assert run(qcompile, ['--help']) == 0") < 1.5
 
 
 def test_the_runtime_does_not_load_transformers():

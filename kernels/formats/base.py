@@ -116,15 +116,18 @@ def register_format(format_: Format[Any]) -> None:
 
 
 def get_format(name: str) -> Format[Any]:
-    """The format registered under `name`.
+    """The format registered under `name`, or declared under it by an installed package.
 
     Raises:
         InvalidInputError: No such format.
     """
-    try:
-        return _FORMATS[name]
-    except KeyError:
+    from qcompiler.kernels.formats.plugins import plugin_format
+
+    format_ = _FORMATS.get(name) or plugin_format(name)
+    if format_ is None:
         known = ", ".join(sorted(_FORMATS)) or "none"
         raise InvalidInputError(
-            f"Unknown storage format {name!r}.", hint=f"Known formats: {known}."
-        ) from None
+            f"Unknown storage format {name!r}.",
+            hint=f"Known formats: {known}; others come with the package that declares them.",
+        )
+    return format_

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qcompiler.kernels.errors import InvalidInputError
@@ -18,9 +19,12 @@ from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.kernels.formats.base import TensorSpec
 from qcompiler.kernels.formats.int8_channel import Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import Lut4Spec
+from qcompiler.kernels.formats.plugins import plugin_of
+from qcompiler.kernels.library import registered_ops
 
 Call = Mapping[str, Any]
 Describe = Callable[[Any], TensorSpec]
+_Reader = tuple[tuple[str, ...], Callable[[Call, dict[str, TensorSpec]], tuple[Any, int]]]
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,30 @@ def stored_weight(op: str, call: Call, describe: Describe) -> StoredWeight | Non
     Raises:
         InvalidInputError: Settings that no format has, or that are not numbers.
     """
-    reader = _READERS.get(op)
+    reader = _READERS.get(op) or _plugin_reader(op)
     if reader is None:
         return None
     names, read = reader
     tensors = {name: call[name] for name in names if call.get(name) is not None}
-    absent = [name for name in names if name not in tensors and name not in _OPTIONAL]
+    optional = _OPTIONAL if op in _READERS else frozenset(names)  # a plug-in's own specs tell what it needs
+    absent = [name for name in names if name not in tensors and name not in optional]
     if absent:
         raise InvalidInputError(f"{op} has no {absent[0]!r}")
     spec, in_features = read(call, {name: describe(value) for name, value in tensors.items()})
     return StoredWeight(spec, tensors, in_features)
+
+
+def is_linear_op(op: str | None) -> bool:
+    """True if `qcompiler::<op>`, ours or a plug-in's, stands for `linear(x, weight, bias)`."""
+    return op is not None and (op in QUANTIZED_LINEARS or _plugin_reader(op) is not None)
+
+
+def _plugin_reader(op: str) -> _Reader | None:
+    known = registered_ops().get(op)
+    if known is None or known.reference.__module__.startswith("qcompiler."):
+        return None
+    format_ = plugin_of(op)
+    return None if format_ is None else (format_.parts, partial(format_.read_call, op))
 
 
 def _affine(columns: str) -> Callable[[Call, dict[str, TensorSpec]], tuple[Any, int]]:
@@ -97,7 +115,7 @@ def _integer(call: Call, name: str) -> int:
 
 _AFFINE_PARTS = ("low", "high", "scales", "zeros")
 _OPTIONAL = frozenset({"high", "nested_absmax", "nested_offset", "part_rows"})
-_READERS: dict[str, tuple[tuple[str, ...], Callable[[Call, dict[str, TensorSpec]], tuple[Any, int]]]] = {
+_READERS: dict[str, _Reader] = {
     "linear_affine": (_AFFINE_PARTS, _affine("in_features")),
     "grouped_linear_affine": (_AFFINE_PARTS, _affine("in_features")),
     "embedding_affine": (_AFFINE_PARTS, _affine("embedding_dim")),
@@ -107,7 +125,7 @@ _READERS: dict[str, tuple[tuple[str, ...], Callable[[Call, dict[str, TensorSpec]
     "linear_additive": (("codes", "codebooks", "scales", "rows"), _additive),
 }
 
-# Ops that stand for `linear(x, weight, bias)` over a quantized weight.
+# Our ops that stand for `linear(x, weight, bias)` over a quantized weight; see `is_linear_op`.
 QUANTIZED_LINEARS = frozenset(
     {"linear_affine", "linear_lut4", "linear_int8", "linear_llm_int8", "linear_additive"}
 )

@@ -85,7 +85,11 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
     "--max-kl", type=float, help="Fail (exit 3), keeping nothing, when the mean KL divergence is larger."
 )
 @click.option(
-    "--emit", default="artifact", show_default=True, metavar="WHAT", help="artifact, onnx, or artifact,onnx."
+    "--emit",
+    default="artifact",
+    show_default=True,
+    metavar="LIST",
+    help="artifact, onnx, pt2 (torch.export), aoti (AOTInductor); comma between.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Print sizes, memory and time needed; read no weights, write nothing."

@@ -28,7 +28,7 @@ from qcompiler.runtime.artifact import GRAPH
 from qcompiler.runtime.files import check_name
 from qcompiler.runtime.graph import MAX_BYTES
 from qcompiler.runtime.manifest import MANIFEST, SCHEMA, FileEntry, checksum
-from qcompiler.runtime.opset import OP_LIBRARIES
+from qcompiler.runtime.opset import library_version, plugin_library
 
 TensorInfo = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -255,14 +255,14 @@ def _manifest(
     }
     if info.bos_token_id is not None:
         model["bos_token_id"] = info.bos_token_id
-    used = {node["op"].split(".", 1)[0] for node in graph["nodes"]}
+    used = {library for node in graph["nodes"] for library in _libraries(node["op"])}
     manifest: dict[str, Any] = {
         **info.details,
         "schema": SCHEMA,
         "kind": info.kind,
         "dtype": info.dtype,
         "model": model,
-        "ops": {library: version for library, version in OP_LIBRARIES.items() if library in used},
+        "ops": {library: library_version(library) for library in sorted(used)},
         "layers": quantized_layers(graph, tensors, experts),
     }
     if info.compute_capability is not None:
@@ -271,6 +271,12 @@ def _manifest(
             "fallback": info.fallback,
         }
     return manifest
+
+
+def _libraries(op: str) -> list[str]:
+    """The op libraries that a reader needs for an op."""
+    plugin = plugin_library(op)
+    return [op.split(".", 1)[0], *([] if plugin is None else [plugin])]
 
 
 def expert_counts(graph: fx.GraphModule) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch import fx
 
 from qcompiler.kernels.errors import UnsupportedModelError
 from qcompiler.runtime.graph import DTYPE_BY_NAME, SCHEMA
-from qcompiler.runtime.opset import SYM_OPS, allowed_ops
+from qcompiler.runtime.opset import is_allowed
 
 _SCALAR_FUNCTIONS: dict[Any, str] = {
     operator.getitem: "sym.getitem",
@@ -131,7 +131,6 @@ def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
 class _Encoder:
     def __init__(self) -> None:
         self._sizes: dict[str, str] = {}
-        self._allowed = allowed_ops()
 
     def placeholder(self, node: fx.Node) -> dict[str, Any]:
         value = node.meta.get("val")
@@ -162,7 +161,7 @@ class _Encoder:
         name = _SCALAR_FUNCTIONS.get(target)
         if name is None and isinstance(target, torch._ops.OpOverload):
             name = str(target)
-        if name is None or (name not in self._allowed and name not in SYM_OPS):
+        if name is None or not is_allowed(name):
             raise UnsupportedModelError(
                 f"graph node {node.name!r} calls {name or target}, which the runtime does not run",
                 hint="The op is missing from qcompiler.runtime.opset, or a pass should have replaced it.",

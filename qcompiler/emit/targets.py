@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qcompiler.kernels.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qcompiler.methods.base import Method
     from qcompiler.options import CompileOptions
     from qcompiler.plan import CompilePlan
@@ -16,7 +18,27 @@ if TYPE_CHECKING:
 
 ARTIFACT = "artifact"
 ONNX = "onnx"
-TARGETS = (ARTIFACT, ONNX)
+PT2 = "pt2"
+AOTI = "aoti"
+TARGETS = (ARTIFACT, ONNX, PT2, AOTI)
+_FILES = {PT2: ".pt2", AOTI: "-aoti.pt2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEmission:
+    """One file that was emitted: its target, path and bytes."""
+
+    target: str
+    path: str
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return dataclasses.asdict(self)
+
+    def print(self, console: Console) -> None:
+        """One line: where, and how large."""
+        console.print(f"{self.target:15}{self.path}, {self.bytes / 1e6:.2f} MB", highlight=False)
 
 
 def parse_targets(text: str) -> tuple[str, ...]:
@@ -37,8 +59,10 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def emission_path(options: CompileOptions, target: str) -> Path:
-    """Where a target goes: the output itself if it is the only one, else `<output>-<target>`."""
+    """Where a target goes: the output itself if it is the only folder, else beside it."""
     output = options.output_path
+    if target in _FILES:
+        return output.with_name(output.name + _FILES[target])
     if target == ARTIFACT:
         # Every emission is made from an artifact; one that was not asked for is removed afterwards.
         return output if ARTIFACT in options.emit else output.with_name(output.name + ".artifact")
@@ -99,6 +123,10 @@ def check_destinations(options: CompileOptions) -> None:
         from qcompiler.emit.onnx.files import MODEL
 
         check_destination(emission_path(options, ONNX), overwrite=options.overwrite, mark=MODEL)
+    for target in _FILES:
+        path = emission_path(options, target)
+        if target in options.emit and path.exists() and not options.overwrite:
+            raise InvalidInputError(f"{path} exists", hint="Give --overwrite to replace it.")
 
 
 def emit_targets(options: CompileOptions, progress: Progress) -> dict[str, Any]:
@@ -112,4 +140,21 @@ def emit_targets(options: CompileOptions, progress: Progress) -> dict[str, Any]:
         reports[ONNX] = emit_onnx(
             artifact, emission_path(options, ONNX), overwrite=options.overwrite, progress=progress
         )
+    for target in _FILES:
+        if target in options.emit:
+            path = emission_path(options, target)
+            _emit_file(target, emission_path(options, ARTIFACT), path, options.device)
+            reports[target] = FileEmission(target, str(path), path.stat().st_size)
     return reports
+
+
+def _emit_file(target: str, artifact: Path, path: Path, device: str) -> None:
+    if target == PT2:
+        from qcompiler.emit.pt2 import emit_pt2
+
+        emit_pt2(artifact, path)
+    else:
+        from qcompiler.emit.aoti import emit_aoti
+        from qcompiler.plan import pick_device
+
+        emit_aoti(artifact, path, device=pick_device(device).type)

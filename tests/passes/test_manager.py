@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from qcompiler.kernels.errors import PassError
+from qcompiler.kernels.errors import InvalidInputError, PassError
 from qcompiler.passes import (
+    API_VERSION,
     FuseGatedActivation,
     FuseRMSNorm,
     Pass,
@@ -122,3 +123,22 @@ def test_the_lists_are_explicit():
     ]
     assert [item.name for item in lowering_passes("encoder")][-1] == "insert_ragged"
     assert not any(item.changes_numerics for item in (*canonical_passes(), *lowering_passes()))
+
+
+@pytest.mark.parametrize("api", [(0, 9), (2, 0), (API_VERSION[0], API_VERSION[1] + 1)])
+def test_a_pass_for_another_version_is_refused(api):
+    class Foreign(FuseRMSNorm):
+        pass
+
+    Foreign.api = API_VERSION
+    PassManager([Foreign()])
+    Foreign.api = api
+    with pytest.raises(InvalidInputError, match=f"written for qcompiler.passes {api[0]}.{api[1]}"):
+        PassManager([Foreign()])
+
+
+def test_what_is_no_graph_is_refused():
+    program = torch.export.export(_Plain(), (torch.ones(3),))
+    with pytest.raises(InvalidInputError, match=r"program.module\(\)"):
+        PassManager(canonical_passes()).run(program)
+    assert PassManager(canonical_passes()).run(program.module())[0].matched == 0

@@ -1,0 +1,1 @@
+"""Ternary weights for qcompiler: a method, a storage format and its op."""
