@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcompiler.allocation.preview import Preview, preview
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
@@ -43,6 +44,8 @@ class Estimate:
         disk_bytes: Free disk needed while compiling: the artifact and the finished layers beside it.
         embeddings: The planned embedding tables, described as the linears are.
         seconds: Time, from timing the method on a sample on this machine; evaluation not included.
+        allocation: With a target: what is known of the choices; the other figures are then those of one
+            uniform choice, and `seconds` counts every candidate once.
     """
 
     model: str
@@ -58,6 +61,7 @@ class Estimate:
     disk_bytes: int
     seconds: float
     embeddings: list[dict[str, Any]] = field(default_factory=list)
+    allocation: Preview | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -86,6 +90,8 @@ class Estimate:
                 str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0])
             )
         console.print(table)
+        for line in self.allocation.lines() if self.allocation else ():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for reason, names in by_reason(self.linears_skipped).items():
             console.print(escape(f"skipped {len(names)}: {reason} ({shorten(names)})"), highlight=False)
         linears = f"{self.bits_per_weight_linears:.3f} in the quantized linears"
@@ -105,6 +111,9 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
     plan = make_plan(options)
     for note in plan.captured.notes:
         (progress or Progress()).note(note)
+    choices = None
+    if options.has_target:
+        plan, choices = preview(plan)
     sizes = Sizes(plan)
     memory, gpu = memory_needed(plan)
     return Estimate(
@@ -118,9 +127,10 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         bytes=sizes.bytes,
         memory_bytes=memory,
         gpu_memory_bytes=gpu,
-        disk_bytes=disk_needed(sizes),
-        seconds=seconds_needed(plan),
+        disk_bytes=disk_needed(sizes, choices.trials if choices else 1),
+        seconds=seconds_needed(plan) * (len(choices.candidates) + choices.trials if choices else 1),
         embeddings=[described(layer, sizes) for layer in plan.embeddings],
+        allocation=choices,
     )
 
 
@@ -191,9 +201,9 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     return _BASE_BYTES + max(work, head + _SHARD_BYTES), 0
 
 
-def disk_needed(sizes: Sizes) -> int:
-    """The artifact, and the finished layers that stand beside it until the end."""
-    return 2 * sizes.bytes
+def disk_needed(sizes: Sizes, trials: int = 1) -> int:
+    """The artifact, and the finished layers that stand beside it until the end, once for each trial."""
+    return (1 + trials) * sizes.bytes
 
 
 def seconds_needed(plan: CompilePlan) -> float:

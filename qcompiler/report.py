@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qcompiler.allocation.allocate import Allocation
     from qcompiler.quality import Quality
 
 
@@ -71,10 +72,11 @@ class CompileReport:
     layers: list[LayerReport] = field(default_factory=list)
     resumed_layers: int = 0
     embeddings: list[EmbeddingReport] = field(default_factory=list)
+    allocation: Allocation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict with the documented keys."""
-        return asdict(self)
+        return {**asdict(self), "allocation": self.allocation.to_json() if self.allocation else None}
 
     def worst_layers(self, count: int = 5) -> list[LayerReport]:
         """The quantized linears of largest relative error."""
@@ -94,6 +96,7 @@ class CompileReport:
             f"{self.bits_per_weight_linears:.3f} in the quantized linears",
         )
         yield "linears", f"{self.linears_quantized}/{self.linears_total} quantized"
+        yield from self._allocation_lines()
         for table in self.embeddings:
             shared = f", shared with {shorten(list(table.shared_with))}" if table.shared_with else ""
             yield "embedding", f"{table.name}: {table.bits_per_weight:.3f} bits per weight{shared}"
@@ -113,6 +116,15 @@ class CompileReport:
         yield "manifest", f"sha256 {self.manifest_sha256}"
         yield "try next", f'qrun generate {self.output} --prompt "Once upon a time"'
         yield "", f"qrun bench {self.output}"
+
+    def _allocation_lines(self) -> Iterator[tuple[str, str]]:
+        allocation = self.allocation
+        if allocation is None:
+            return
+        yield "target", f"{allocation.target}: {allocation.bits_per_weight:.3f} bits per weight were chosen"
+        for index, (label, count) in enumerate(allocation.counts.items()):
+            yield "" if index else "formats", f"{label}: {count} groups of linears"
+        yield "predicted", f"{allocation.predicted:.5f} ({allocation.unit})"
 
     def _quality_lines(self) -> Iterator[tuple[str, str]]:
         q = self.quality
