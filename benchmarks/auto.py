@@ -28,8 +28,8 @@ from qcompiler.plan import CompilePlan, make_plan, plan_layers
 from qcompiler.progress import Progress
 from qcompiler.sizes import Sizes
 
-TARGETS = (2.5, 3.0, 3.5, 4.25)
-UNIFORM = ("aqlm 2x8 g8", "gptq 2 g32", "gptq 3 g64", "gptq 4 g128")
+TARGETS = (3.0, 2.5, 3.5, 4.25)
+UNIFORM = ("gptq 2 g32", "aqlm 2x8 g8", "gptq 3 g64", "gptq 4 g128")
 
 
 def plan_for(model: Path, args: Any, target: float) -> CompilePlan:
@@ -38,7 +38,7 @@ def plan_for(model: Path, args: Any, target: float) -> CompilePlan:
             model=str(model),
             method="auto",
             target_bpw=target,
-            device="cpu",
+            device=args.device,
             dtype="float32",
             eval_text=args.text,
             eval_tokens=args.eval_tokens,
@@ -115,22 +115,28 @@ def main() -> None:
     parser.add_argument("--calib-text", type=Path, required=True)
     parser.add_argument("--calib-tokens", type=int, default=32768)
     parser.add_argument("--eval-tokens", type=int, default=16384)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
+    parser.add_argument("--uniform", nargs="+", default=UNIFORM)
     parser.add_argument("--only", action="append")
     args = parser.parse_args()
     for name in args.only or ["tiny-llama", "small-llama"]:
-        plan = plan_for(args.models / name, args, TARGETS[0])
+        plan = plan_for(args.models / name, args, args.targets[0])
         started = time.perf_counter()
         problem = find_problem(plan, MemoryStore(), Progress())
         seconds = round(time.perf_counter() - started, 1)
         print(name, "sensitivities", seconds, flush=True)
         rows: list[dict[str, Any]] = []
-        for target in sorted(TARGETS, key=lambda value: value != 3.0):
-            rows.append(auto_row(plan_for(args.models / name, args, target), problem))
-            if target == 3.0:
-                rows.extend(uniform_row(plan, problem, label) for label in UNIFORM)
+        work = [("auto", target) for target in args.targets] + [("uniform", label) for label in args.uniform]
+        for kind, item in work:
+            if kind == "auto":
+                rows.append(auto_row(plan_for(args.models / name, args, item), problem))
+            else:
+                rows.append(uniform_row(plan, problem, item))
             settings = {
                 "command": "python -m benchmarks.auto --models DIR --text FILE --calib-text FILE",
                 "calib_tokens": args.calib_tokens,
+                "device": str(plan.device),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "seconds_sensitivities": seconds,
@@ -139,7 +145,7 @@ def main() -> None:
             }
             path = RESULTS / f"auto-{name}.json"
             path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        write_between(f"auto-{name}", table(rows))
+            write_between(f"auto-{name}", table(rows))
 
 
 if __name__ == "__main__":

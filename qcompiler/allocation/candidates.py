@@ -17,15 +17,8 @@ from qcompiler.passes import QuantizedLinear
 from qcompiler.passes.quantize_linears import linear_like, linear_name
 from qcompiler.plan import CompilePlan, output_heads
 
-# bits -> group sizes. Finer groups than these cost more than the next width does.
-_AFFINE = {
-    2: (16, 32, 64, 128),
-    3: (32, 64, 128, 256),
-    4: (32, 64, 128, 256),
-    5: (64, 128, 256),
-    6: (64, 128, 256),
-    8: (64, 128),
-}
+# bits -> group sizes. Finer groups than these cost as much as the next width, and gain less.
+_AFFINE = {2: (32, 64, 128), 3: (64, 128, 256), 4: (64, 128, 256), 5: (128, 256), 6: (128, 256), 8: (128,)}
 # What `--method auto` mixes: (method, bits); affine methods in the groups above.
 _CALIBRATED_POOL = (*(("gptq", bits) for bits in _AFFINE), ("bnb", 4), ("eetq", 8), ("aqlm", 2))
 _DATA_FREE_POOL = (*(("hqq", bits) for bits in _AFFINE), ("bnb", 4), ("eetq", 8))

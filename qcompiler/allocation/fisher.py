@@ -37,18 +37,33 @@ class Observed:
         weight: Its float weight, float32 [N, K].
         inputs: x, float32 [tokens, K].
         gradients: g, float32 [tokens, N].
+        share: Of the linear's rows, where only some are looked at.
     """
 
     linear: Linear
     weight: Tensor
     inputs: Tensor
     gradients: Tensor
+    share: float = 1.0
+
+    def rows(self, most: int) -> Observed:
+        """The same with no more than so many rows of the weight, evenly spread."""
+        count = self.weight.shape[0]
+        if count <= most:
+            return self
+        kept = torch.linspace(0, count - 1, most, dtype=torch.float64).round().long().to(self.weight.device)
+        return Observed(
+            self.linear, self.weight[kept], self.inputs, self.gradients[:, kept], self.share * most / count
+        )
 
     def cost(self, restored: Tensor) -> float:
-        """KL in nats per token that `restored` [N, K] in the weight's place is expected to add."""
+        """KL in nats per token that `restored` [N, K] in the weight's place is expected to add.
+
+        Of some rows only it is what all of them would add, errors of different rows being unrelated.
+        """
         errors = self.inputs @ (restored - self.weight).T
         along = (errors * self.gradients).sum(dim=1, dtype=torch.float64)
-        return float(along.square().mean()) / 2
+        return float(along.square().mean()) / 2 / self.share
 
 
 def observe(

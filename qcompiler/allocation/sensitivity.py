@@ -10,6 +10,7 @@ Finished blocks are kept in a store, so that an interrupted run measures none tw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -34,6 +35,8 @@ from qcompiler.progress import Progress
 # group name -> candidate label -> cost
 Costs = dict[str, dict[str, float]]
 OBSERVED_TOKENS = 8192
+# Rows of a weight that are quantized for its cost, where rows are quantized each on its own.
+_ROWS = 256
 _PREFIX = "auto:cost:"
 
 
@@ -143,8 +146,12 @@ def _costs_of(
 
 
 def _on_inputs(observed: Observed, moments: Moments) -> Callable[[Candidate], float]:
+    some = observed.rows(_ROWS)
+
     def cost(candidate: Candidate) -> float:
-        return observed.cost(restored(candidate, observed.weight, moments))
+        # The fewer rows share a codebook, the better it fits them: those see all rows.
+        seen = observed if candidate.method == "aqlm" else some
+        return seen.cost(restored(candidate, seen.weight, moments))
 
     return cost
 
@@ -158,7 +165,7 @@ def restored(candidate: Candidate, weight: Tensor, moments: Moments | None) -> T
         solution = feedback_codes(weight, moments, candidate.spec, options["damping"])
         tensors = format_.pack(candidate.spec, *solution)  # type: ignore[attr-defined]
     elif moments is not None and candidate.method == "aqlm":
-        settings = layer_settings(AQLM().validate(options))
+        settings = replace(layer_settings(AQLM().validate(options)), rounds=1)  # more gain little
         metric = make_metric(moments, candidate.spec, settings.damping)
         return fit_layer(weight, metric, candidate.spec, settings, seed=0).weight()
     else:
