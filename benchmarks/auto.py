@@ -36,7 +36,7 @@ def plan_for(model: Path, args: Any, target: float) -> CompilePlan:
     return make_plan(
         CompileOptions(
             model=str(model),
-            method="auto",
+            method=args.method,
             target_bpw=target,
             device=args.device,
             dtype="float32",
@@ -72,9 +72,8 @@ def measured(plan: CompilePlan, label: str, predicted: float) -> dict[str, Any]:
 
 def auto_row(plan: CompilePlan, problem: Problem) -> dict[str, Any]:
     chosen = problem.solve(budget_of(plan, problem))
-    row = measured(
-        plan_layers(plan, problem.specs(chosen)), f"auto {plan.options.target_bpw:g}", problem.cost(chosen)
-    )
+    label = f"{plan.options.method} at {plan.options.target_bpw:g}"
+    row = measured(plan_layers(plan, problem.specs(chosen)), label, problem.cost(chosen))
     return {**row, "choices": problem.labels(chosen)}
 
 
@@ -116,6 +115,7 @@ def main() -> None:
     parser.add_argument("--calib-tokens", type=int, default=32768)
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--method", default="auto", help="auto, or one method whose formats are chosen from")
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--uniform", nargs="+", default=UNIFORM)
     parser.add_argument("--only", action="append")

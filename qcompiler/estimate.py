@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qcompiler.allocation.preview import Preview, preview
+from qcompiler.allocation.sensitivity import OBSERVED_TOKENS
+from qcompiler.calibration import cut_blocks
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
@@ -145,8 +147,12 @@ def described(layer: QuantizedLinear, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def check_resources(plan: CompilePlan) -> None:
+def check_resources(plan: CompilePlan, trials: int = 1) -> None:
     """Refuse what cannot finish, before hours of work.
+
+    Args:
+        plan: With a target, one that bounds the size.
+        trials: How often the layers may be quantized and kept.
 
     Raises:
         InvalidInputError: Not enough free memory, GPU memory or disk.
@@ -168,7 +174,7 @@ def check_resources(plan: CompilePlan) -> None:
                 f"compiling needs about {format_bytes(gpu)} on {plan.device}, {format_bytes(free)} are free",
                 hint="Use --device cpu, or lower --eval-tokens.",
             )
-    disk = disk_needed(Sizes(plan))
+    disk = disk_needed(Sizes(plan), trials)
     free_disk = shutil.disk_usage(plan.options.output_path.resolve().parent).free
     if disk > free_disk:
         raise InvalidInputError(
@@ -196,9 +202,21 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
     work = max(solver, evaluation)
+    if plan.options.has_target and plan.options.sensitivity == "output":
+        work = max(work, observation_bytes(plan))
     if plan.device.type == "cuda":
         return _BASE_BYTES + 2 * head + _SHARD_BYTES, work
     return _BASE_BYTES + max(work, head + _SHARD_BYTES), 0
+
+
+def observation_bytes(plan: CompilePlan) -> int:
+    """Peak bytes of measuring sensitivities on text: streams between blocks, and one block with gradients."""
+    _, blocks, _ = cut_blocks(plan.captured.graph)
+    tokens = 4 * min(plan.options.calib_tokens, OBSERVED_TOKENS)
+    borders = sum(min((linear.in_features for linear in block.linears), default=0) for block in blocks)
+    values = max(sum(x.in_features + x.out_features for x in block.linears) for block in blocks)
+    weights = max(sum(x.in_features * x.out_features for x in block.linears) for block in blocks)
+    return tokens * (borders + 2 * values) + 8 * weights  # the windows, and those of a linear end to end
 
 
 def disk_needed(sizes: Sizes, trials: int = 1) -> int:

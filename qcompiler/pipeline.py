@@ -55,7 +55,11 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     plan = make_plan(options)
     for note in plan.captured.notes:
         progress.note(note)
-    check_resources(preview(plan)[0] if options.has_target else plan)
+    if options.has_target:
+        bound, choices = preview(plan)
+        check_resources(bound, choices.trials)
+    else:
+        check_resources(plan)
     with Workspace(
         output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite
     ) as workspace:

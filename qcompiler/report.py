@@ -96,12 +96,12 @@ class CompileReport:
             f"{self.bits_per_weight_linears:.3f} in the quantized linears",
         )
         yield "linears", f"{self.linears_quantized}/{self.linears_total} quantized"
-        yield from self._allocation_lines()
         for table in self.embeddings:
             shared = f", shared with {shorten(list(table.shared_with))}" if table.shared_with else ""
             yield "embedding", f"{table.name}: {table.bits_per_weight:.3f} bits per weight{shared}"
         for reason, names in by_reason(self.linears_skipped).items():
             yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
+        yield from self._allocation_lines()
         gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
         yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
         yield (

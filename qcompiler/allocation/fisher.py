@@ -119,18 +119,27 @@ def observe(
         for values, given in zip(before.pop(), gradients, strict=True):
             last = piece is run.pieces[-1]
             _backward(piece, values, given, weights, linears, seen, run, generator if last else None)
-        observed = [
-            Observed(
-                linears[node],
-                weights[linears[node].weight],
-                torch.cat([x for x, _ in pairs]),
-                torch.cat([g for _, g in pairs]),
-            )
-            for node, pairs in seen.items()
-            if pairs
-        ]
-        yield piece.name, observed
+        yield piece.name, _observed(linears, weights, seen)
         tell(piece.name)
+
+
+def _observed(
+    linears: Mapping[Node, Linear],
+    weights: Mapping[str, Tensor],
+    seen: Mapping[Node, list[tuple[Tensor, Tensor]]],
+) -> list[Observed]:
+    """The windows of each linear end to end; those that read one value share one tensor of it."""
+    inputs: dict[Node, Tensor] = {}
+    observed = []
+    for node, pairs in seen.items():
+        if not pairs:
+            continue
+        linear = linears[node]
+        if linear.input not in inputs:
+            inputs[linear.input] = torch.cat([x for x, _ in pairs])
+        gradients = torch.cat([g for _, g in pairs])
+        observed.append(Observed(linear, weights[linear.weight], inputs[linear.input], gradients))
+    return observed
 
 
 class _Pieces:

@@ -111,11 +111,8 @@ def _on_text(
     wanted = frozenset(name for name, layer in layers.items() if layer.kind == "linear")
     found: dict[str, dict[str, float]] = {}
 
-    def load(name: str) -> Tensor:
-        return resolve(recipe_of(plan.captured.graph, name), plan.checkpoint.tensor)
-
     with progress.stage("sensitivity", len(wanted)) as advance:
-        seen = observe(plan.captured.graph, load, windows, wanted, device=plan.device)
+        seen = observe(plan.captured.graph, plan.checkpoint.tensor, windows, wanted, device=plan.device)
         for block, linears in seen:
             held = store.finished(_PREFIX + block)
             if held is None:

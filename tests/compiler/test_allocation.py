@@ -13,6 +13,7 @@ import torch
 from qcompiler.allocation.candidates import groups_of, pool
 from qcompiler.allocation.fisher import observe
 from qcompiler.allocation.method import Auto
+from qcompiler.allocation.sensitivity import measure
 from qcompiler.allocation.solve import Choice, pareto, solve
 from qcompiler.calibration import CalibrationSettings, calibrate
 from qcompiler.calibration.blocks import run_nodes
@@ -21,6 +22,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import AdditiveSpec, AffineSpec, Int8ChannelSpec, Lut4Spec
 from qcompiler.options import CompileOptions, parse_size
 from qcompiler.plan import make_plan, plan_layers
+from qcompiler.progress import Progress
 
 LAYER = "model.layers.{}.{}"
 FAST = ["--eval-tokens", "64", "--eval-context", "32", "--calib-tokens", "64", "-q"]
@@ -321,3 +323,23 @@ def test_contradictions_are_refused_before_any_work(random_llama, tmp_path, caps
 )
 def test_sizes_are_read_as_written(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gemma2"])
+def test_sensitivities_of_other_architectures(kind, tmp_path):
+    """Experts beside measured linears; soft-capped attention: gradients go through every op's reference."""
+    from qcompiler.calibration.runner import MemoryStore
+    from qcompiler.capture import ModelSource
+    from qcompiler.capture.matrix import SUPPORTED, eager_model
+
+    config = next(row for row in SUPPORTED if row.name == kind).config()
+    config.vocab_size = 256
+    eager_model(ModelSource.from_config(config)).float().save_pretrained(tmp_path / "model")
+    plan = make_plan(CompileOptions(str(tmp_path / "model"), method="rtn", target_bpw=5.0, device="cpu"))
+    candidates, groups = pool(plan.options, calibrated=True), groups_of(plan)
+    tokens = torch.arange(2048) % 251
+    costs = measure(plan, groups, candidates, tokens, MemoryStore(), Progress())
+    assert any(layer.kind == "experts" for group in groups for layer in group.layers) == (kind == "mixtral")
+    assert [group.name for group in groups] == list(costs)
+    for by_label in costs.values():
+        assert by_label["rtn 2 g64"] > by_label["rtn 4 g64"] > by_label["rtn 8 g128"] > 0
