@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompiler.quantize_module import quantize as quantize
     from qcompiler.runtime.model import Model as Model
     from qcompiler.runtime.model import load as load
 
@@ -19,9 +20,10 @@ _LAZY = {
     "Model": "qcompiler.runtime.model",
     "SamplingParams": "qcompiler.runtime.sampling",
     "QCompilerError": "qcompiler.kernels.errors",
+    "quantize": "qcompiler.quantize_module",
 }
 
-__all__ = ["Model", "QCompilerError", "SamplingParams", "__version__", "load"]
+__all__ = ["Model", "QCompilerError", "SamplingParams", "__version__", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

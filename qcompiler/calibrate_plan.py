@@ -7,16 +7,16 @@ from typing import Any, cast
 import torch
 
 from qcompiler.calibration import Calibration, CalibrationSettings, calibrate
+from qcompiler.calibration.runner import PartStore
 from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.passes.weights import recipe_of, resolve
 from qcompiler.plan import CompilePlan
 from qcompiler.progress import Progress
 from qcompiler.texts import text_tokens
-from qcompiler.workspace import Workspace
 
 
-def calibrate_plan(plan: CompilePlan, workspace: Workspace, progress: Progress) -> Calibration:
+def calibrate_plan(plan: CompilePlan, workspace: PartStore, progress: Progress) -> Calibration:
     """Quantize the planned linears that lie in blocks; finished blocks of the workspace are kept.
 
     Raises:

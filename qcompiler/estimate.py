@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcompiler.allocation.preview import Preview, preview
+from qcompiler.allocation.sensitivity import OBSERVED_TOKENS
+from qcompiler.calibration import cut_blocks
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
@@ -43,6 +46,8 @@ class Estimate:
         disk_bytes: Free disk needed while compiling: the artifact and the finished layers beside it.
         embeddings: The planned embedding tables, described as the linears are.
         seconds: Time, from timing the method on a sample on this machine; evaluation not included.
+        allocation: With a target: what is known of the choices; the other figures are then those of one
+            uniform choice, and `seconds` counts every candidate once.
     """
 
     model: str
@@ -58,6 +63,7 @@ class Estimate:
     disk_bytes: int
     seconds: float
     embeddings: list[dict[str, Any]] = field(default_factory=list)
+    allocation: Preview | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -86,6 +92,8 @@ class Estimate:
                 str(len(names)), f"{rows} x {columns}", str(bits), f"{stored:.3f}", escape(names[0])
             )
         console.print(table)
+        for line in self.allocation.lines() if self.allocation else ():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for reason, names in by_reason(self.linears_skipped).items():
             console.print(escape(f"skipped {len(names)}: {reason} ({shorten(names)})"), highlight=False)
         linears = f"{self.bits_per_weight_linears:.3f} in the quantized linears"
@@ -105,6 +113,9 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
     plan = make_plan(options)
     for note in plan.captured.notes:
         (progress or Progress()).note(note)
+    choices = None
+    if options.has_target:
+        plan, choices = preview(plan)
     sizes = Sizes(plan)
     memory, gpu = memory_needed(plan)
     return Estimate(
@@ -118,9 +129,10 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         bytes=sizes.bytes,
         memory_bytes=memory,
         gpu_memory_bytes=gpu,
-        disk_bytes=disk_needed(sizes),
-        seconds=seconds_needed(plan),
+        disk_bytes=disk_needed(sizes, choices.trials if choices else 1),
+        seconds=seconds_needed(plan) * (len(choices.candidates) + choices.trials if choices else 1),
         embeddings=[described(layer, sizes) for layer in plan.embeddings],
+        allocation=choices,
     )
 
 
@@ -135,8 +147,12 @@ def described(layer: QuantizedLinear, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def check_resources(plan: CompilePlan) -> None:
+def check_resources(plan: CompilePlan, trials: int = 1) -> None:
     """Refuse what cannot finish, before hours of work.
+
+    Args:
+        plan: With a target, one that bounds the size.
+        trials: How often the layers may be quantized and kept.
 
     Raises:
         InvalidInputError: Not enough free memory, GPU memory or disk.
@@ -158,7 +174,7 @@ def check_resources(plan: CompilePlan) -> None:
                 f"compiling needs about {format_bytes(gpu)} on {plan.device}, {format_bytes(free)} are free",
                 hint="Use --device cpu, or lower --eval-tokens.",
             )
-    disk = disk_needed(Sizes(plan))
+    disk = disk_needed(Sizes(plan), trials)
     free_disk = shutil.disk_usage(plan.options.output_path.resolve().parent).free
     if disk > free_disk:
         raise InvalidInputError(
@@ -189,14 +205,26 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
     work = max(solver, evaluation)
+    if plan.options.has_target and plan.options.sensitivity == "output":
+        work = max(work, observation_bytes(plan))
     if plan.device.type == "cuda":
         return _BASE_BYTES + max(2 * read, 2 * head + shards), work
     return _BASE_BYTES + max(solver + read, evaluation, 2 * head + shards), 0
 
 
-def disk_needed(sizes: Sizes) -> int:
-    """The artifact, and the finished layers that stand beside it until the end."""
-    return 2 * sizes.bytes
+def observation_bytes(plan: CompilePlan) -> int:
+    """Peak bytes of measuring sensitivities on text: streams between blocks, and one block with gradients."""
+    _, blocks, _ = cut_blocks(plan.captured.graph)
+    tokens = 4 * min(plan.options.calib_tokens, OBSERVED_TOKENS)
+    borders = sum(min((linear.in_features for linear in block.linears), default=0) for block in blocks)
+    values = max(sum(x.in_features + x.out_features for x in block.linears) for block in blocks)
+    weights = max(sum(x.in_features * x.out_features for x in block.linears) for block in blocks)
+    return tokens * (borders + 2 * values) + 8 * weights  # the windows, and those of a linear end to end
+
+
+def disk_needed(sizes: Sizes, trials: int = 1) -> int:
+    """The artifact, and the finished layers that stand beside it until the end, once for each trial."""
+    return (1 + trials) * sizes.bytes
 
 
 def seconds_needed(plan: CompilePlan) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.kv_cache import kv_format_of_bits
 
 EMBEDDING_BITS = (8, 4)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+SENSITIVITIES = ("output", "weights")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -45,6 +52,11 @@ class CompileOptions:
         revision: Hub revision, when `model` is a hub id.
         max_context: Longest context to serve, for models whose rotary frequencies depend on it.
         emit: What to write, see `emit.targets`.
+        target_bpw: Bits per weight of the quantized linears, met by a format for each of them.
+        target_bytes: Size of the artifact, met in the same way.
+        target_kl: KL divergence over the evaluation text, met at the smallest size found.
+        sensitivity: How a target's choices are weighed: "output" on calibration text, "weights" without.
+        report_plot: Where to draw the trade-off between size and loss of a target.
     """
 
     model: str
@@ -73,6 +85,11 @@ class CompileOptions:
     revision: str | None = None
     max_context: int | None = None
     emit: tuple[str, ...] = ("artifact",)
+    target_bpw: float | None = None
+    target_bytes: int | None = None
+    target_kl: float | None = None
+    sensitivity: str = "output"
+    report_plot: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -105,11 +122,43 @@ class CompileOptions:
         for use, path in (("evaluation", self.eval_text), ("calibration", self.calib_text)):
             if path is not None and not path.is_file():
                 raise InvalidInputError(f"{use} text {path} does not exist or is not a file")
+        self._check_target()
         if self.resume and self.overwrite:
             raise InvalidInputError(
                 "resume and overwrite contradict each other",
                 hint="--resume keeps what an interrupted run finished; --overwrite throws it away.",
             )
+
+    def _check_target(self) -> None:
+        targets = {"bits per weight": self.target_bpw, "bytes": self.target_bytes, "KL": self.target_kl}
+        given = {name: value for name, value in targets.items() if value is not None}
+        if len(given) > 1:
+            raise InvalidInputError(
+                f"two targets were given: {' and '.join(given)}", hint="Give --target-bpw, -size or -kl, one."
+            )
+        for name, value in given.items():
+            if not 0 < value < float("inf"):
+                raise InvalidInputError(f"a target of {value} {name} cannot be met")
+        if self.method == "auto" and not given:
+            raise InvalidInputError(
+                "method auto needs a target",
+                hint="Give --target-bpw, --target-size or --target-kl, or name a method.",
+            )
+        if self.target_kl is not None and self.eval_tokens == 0:
+            raise InvalidInputError(
+                "target_kl was given, but the evaluation is switched off", hint="Raise --eval-tokens above 0."
+            )
+        if self.sensitivity not in SENSITIVITIES:
+            raise InvalidInputError(
+                f"sensitivity {self.sensitivity!r} is not known", hint=f"Use {' or '.join(SENSITIVITIES)}."
+            )
+        if self.report_plot is not None and not given:
+            raise InvalidInputError("a report plot was asked for, but there is no target to plot")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether formats are to be chosen for a target."""
+        return any(target is not None for target in (self.target_bpw, self.target_bytes, self.target_kl))
 
     @property
     def output_path(self) -> Path:
@@ -117,9 +166,19 @@ class CompileOptions:
         if self.output is not None:
             return self.output
         name = Path(self.model).name or Path(self.model).resolve().name
-        weights = f"{self.method}-{self.bits}bit" if self.method != "none" else "none"
         cache = "" if self.kv_format is None else f"-kv{self.kv_bits}"
-        return Path(f"{name}-{weights}{cache}")
+        return Path(f"{name}-{self._weights_name}{cache}")
+
+    @property
+    def _weights_name(self) -> str:
+        """How the weights are quantized, as it stands in the artifact's default name."""
+        if self.target_bpw is not None:
+            return f"{self.method}-{self.target_bpw:g}bpw"
+        if self.target_bytes is not None:
+            return f"{self.method}-{self.target_bytes / 1e6:g}MB"
+        if self.target_kl is not None:
+            return f"{self.method}-kl{self.target_kl:g}"
+        return f"{self.method}-{self.bits}bit" if self.method != "none" else "none"
 
     @property
     def kv_format(self) -> str | None:
@@ -130,7 +189,7 @@ class CompileOptions:
         """The options that decide the bytes of the artifact: a resumed run must have the same."""
         same_bytes = {
             "output", "device", "overwrite", "resume", "dump_graphs", "max_kl", "model", "trust_remote_code",
-            "emit",
+            "emit", "report_plot",
         }  # fmt: skip
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in same_bytes}
         for key in ("eval_text", "calib_text"):
@@ -162,3 +221,18 @@ def parse_bits(values: tuple[str, ...]) -> tuple[int | None, tuple[tuple[str, in
         else:
             default = bits
     return default, tuple(overrides)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" (decimal units), "4.5 GiB" (binary ones) or "300000".
+
+    Raises:
+        InvalidInputError: It is not of that form.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = match and _UNITS.get(match[2].upper())
+    if not match or not unit:
+        raise InvalidInputError(
+            f"{text!r} is not a size", hint="Write 5GB, 4.5GiB, 800MB or a number of bytes."
+        )
+    return int(float(match[1]) * unit)

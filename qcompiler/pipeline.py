@@ -8,12 +8,18 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from qcompiler import __version__
+from qcompiler.allocation.allocate import Allocation, allocate
+from qcompiler.allocation.curve import Point, check_plot, draw
+from qcompiler.allocation.preview import preview
+from qcompiler.calibration.runner import PartStore
 from qcompiler.capture import ModelSource
 from qcompiler.checkpoint.identity import checkpoint_fingerprint
 from qcompiler.emit.artifact import ArtifactInfo, WrittenArtifact, write_artifact
@@ -31,9 +37,6 @@ from qcompiler.quantize_weights import WeightStream
 from qcompiler.report import CompileReport, EmbeddingReport, LayerReport, peak_rss_bytes
 from qcompiler.sizes import Sizes
 from qcompiler.workspace import Workspace, writing
-
-# Copied from the checkpoint as they are; the runtime needs the first, the rest is for other tools.
-_CARRIED_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
 
 def compile_model(options: CompileOptions, progress: Progress | None = None) -> CompileReport:
@@ -58,25 +61,35 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     check_cache(plan)
     for note in plan.captured.notes:
         progress.note(note)
-    check_resources(plan)
+    if options.has_target:
+        bound, choices = preview(plan)
+        check_resources(bound, choices.trials)
+    else:
+        check_resources(plan)
     with Workspace(
         output, fingerprint(plan), resume=options.resume, overwrite=options.overwrite
     ) as workspace:
-        stream = WeightStream(plan, workspace)
         resumed = workspace.count
-        layers = stream.quantize_all(progress)
-        quality = measure_quality(plan, stream, progress)
+        allocation = None
         try:
+            if options.has_target:
+                trial = allocate(plan, workspace, progress, partial(quantize_plan, progress=progress))
+                plan, allocation, quality = trial.plan, trial.allocation, trial.quality
+                stream, layers = trial.done
+            else:
+                (stream, layers), quality = quantize_plan(plan, workspace, progress)
             check_gate(options, quality)
         except QualityGateError:
             workspace.discard()
             raise
         with writing(output):
-            written = emit(plan, stream, layers, quality)
+            written = emit(plan, stream, layers, quality, allocation)
         workspace.discard()
     emissions = emit_targets(plan.options, progress)
     if ARTIFACT not in options.emit:
         shutil.rmtree(output)
+    if allocation is not None and options.report_plot is not None:
+        draw_allocation(options.report_plot, allocation, quality)
     sizes = Sizes(plan)
     return CompileReport(
         output=str(options.output_path),
@@ -99,6 +112,7 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         ],
         kv_cache=options.kv_format or "plain",
         emissions=emissions,
+        allocation=allocation,
     )
 
 
@@ -110,12 +124,33 @@ def read_soon(source: ModelSource) -> None:
         source.checkpoint.read_soon(psutil.virtual_memory().available // 2)
 
 
+def quantize_plan(
+    plan: CompilePlan, store: PartStore, progress: Progress
+) -> tuple[tuple[WeightStream, list[LayerReport]], Quality | None]:
+    """Quantize what a plan names, and measure the quality of it."""
+    stream = WeightStream(plan, store)
+    layers = stream.quantize_all(progress)
+    return (stream, layers), measure_quality(plan, stream, progress)
+
+
+def draw_allocation(path: Path, allocation: Allocation, quality: Quality | None) -> None:
+    """Draw the trade-off that an allocation was chosen from, with what was measured."""
+    measured = {trial["bits_per_weight"]: trial["kl"] for trial in allocation.trials}
+    if quality is not None and allocation.sensitivity == "output":
+        measured[allocation.bits_per_weight] = quality.kl_mean
+    chosen = Point("auto", allocation.bits_per_weight, allocation.predicted)
+    with writing(path):
+        draw(path, allocation.points, chosen, unit=allocation.unit, measured=measured)
+
+
 def check_output(options: CompileOptions) -> None:
     """Refuse a destination that is taken, before any work.
 
     Raises:
         InvalidInputError: It exists (without --overwrite), or is no artifact.
     """
+    if options.report_plot is not None:
+        check_plot(options.report_plot)
     with writing(options.output_path):
         options.output_path.parent.mkdir(parents=True, exist_ok=True)
     check_destinations(options)
@@ -151,7 +186,11 @@ def check_gate(options: CompileOptions, quality: Quality | None) -> None:
 
 
 def emit(
-    plan: CompilePlan, stream: WeightStream, layers: list[LayerReport], quality: Quality | None
+    plan: CompilePlan,
+    stream: WeightStream,
+    layers: list[LayerReport],
+    quality: Quality | None,
+    allocation: Allocation | None = None,
 ) -> WrittenArtifact:
     """Lower the planned graph and write the artifact."""
     graph = copy.deepcopy(plan.quantized_graph)
@@ -177,12 +216,14 @@ def emit(
         "quality": quality.to_json() if quality else None,
         "passes": [passed(result) for result in plan.passes],
     }
+    if allocation is not None:
+        report["allocation"] = allocation.to_json()
     return write_artifact(
         emission_path(plan.options, ARTIFACT),
         graph,
         tensors_of(graph, stream),
         info=artifact_info(plan, sizes),
-        files=carried_files(plan),
+        files=plan.carried_files(),
         report=lambda size: {**report, "bytes": size},
         overwrite=plan.options.overwrite,
     )
@@ -229,12 +270,6 @@ def artifact_info(plan: CompilePlan, sizes: Sizes) -> ArtifactInfo:
         bos_token_id=generation.get("bos_token_id", config.get("bos_token_id")),
         details=details,
     )
-
-
-def carried_files(plan: CompilePlan) -> dict[str, Any]:
-    """Tokenizer and configs by file name."""
-    found = {name: plan.file(name) for name in (*_CARRIED_FILES, "config.json")}
-    return {name: path for name, path in found.items() if path is not None}
 
 
 def passed(result: PassResult) -> dict[str, Any]:

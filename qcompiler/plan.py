@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +34,11 @@ from qcompiler.report import SkippedLayer
 if TYPE_CHECKING:
     from qcompiler.methods.base import Method
     from qcompiler.passes import PassResult, QuantizeResult
+
+# Copied from the checkpoint as they are; the runtime needs the first, the rest is for other tools.
+CARRIED_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "config.json",
+)  # fmt: skip
 
 
 @dataclass
@@ -105,6 +110,11 @@ class CompilePlan:
         path = self.checkpoint.folder / name
         return path if path.is_file() else None
 
+    def carried_files(self) -> dict[str, Path]:
+        """Tokenizer and configs that go into the artifact as they are, by file name."""
+        found = {name: self.file(name) for name in CARRIED_FILES}
+        return {name: path for name, path in found.items() if path is not None}
+
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, empty if there is none."""
         path = self.file("generation_config.json")
@@ -124,7 +134,7 @@ def make_plan(
         InvalidInputError: An option does not fit the method, the model or the machine.
         UnsupportedModelError: The model cannot be captured faithfully.
     """
-    method = get_method(options.method)
+    method = pick_method(options)
     options = settle_options(options, method)
     method_options = method.validate(options.method_options)
     method.resolve_spec(options.bits, options.group_size, method_options)  # refuses impossible widths now
@@ -136,13 +146,33 @@ def make_plan(
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     captured = capture(source, dtype, max_context=options.max_context)
     passes = PassManager(canonical_passes(), dump_dir=_dump(options, "1-canonical")).run(captured.graph)
+    return plan_layers(
+        CompilePlan(
+            options, source, captured, captured.graph, [], [], method, method_options, device, list(passes)
+        )
+    )
 
+
+def plan_layers(plan: CompilePlan, formats: Mapping[str, Any] | None = None) -> CompilePlan:
+    """The plan with what happens to each linear decided anew.
+
+    Args:
+        plan: A plan; of it the captured model, the method and what the canonical passes did are kept.
+        formats: Layer → spec, for layers whose format an allocation has decided.
+
+    Raises:
+        InvalidInputError: A pattern of the user matches no linear, or nothing would be quantized.
+    """
+    options, captured, method, method_options = plan.options, plan.captured, plan.method, plan.method_options
+    formats = formats or {}
     layer_plan = LayerPlan(options, head_names=output_heads(captured.graph))
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name) if method.quantizes else f"--method {method.name}"
         if isinstance(bits, str):
             return bits
+        if name in formats:
+            return formats[name]
         return method.resolve_spec(bits, options.group_size, method_options)
 
     quantized_graph = copy.deepcopy(captured.graph)
@@ -164,21 +194,25 @@ def make_plan(
             f"{options.model}: nothing would be quantized ({reasons})",
             hint="Compile it as it is with --method none.",
         )
-    plan = CompilePlan(
-        options,
-        source,
-        captured,
-        quantized_graph,
-        layers,
-        skipped,
-        method,
-        method_options,
-        device,
-        [*passes, *results],
-        embedding_method,
+    plan = replace(
+        plan,
+        quantized_graph=quantized_graph,
+        layers=layers,
+        skipped=skipped,
+        passes=[*plan.passes[: len(canonical_passes())], *results],
+        embedding_method=embedding_method,
     )
     check_plan(plan)
     return plan
+
+
+def pick_method(options: CompileOptions) -> Method:
+    """The method of the options; what `auto` stands for depends on whether it may look at text."""
+    if options.method == "auto":
+        from qcompiler.allocation.method import auto_method
+
+        return auto_method(calibrated=options.sensitivity == "output")
+    return get_method(options.method)
 
 
 def pick_embedding_method(method: Method) -> Method:

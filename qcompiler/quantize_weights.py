@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from qcompiler.calibrate_plan import calibrate_plan
 from qcompiler.calibration import Calibration
+from qcompiler.calibration.runner import PartStore
 from qcompiler.kernels.formats import get_format
 from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.overlap import Behind, ahead
@@ -20,7 +21,6 @@ from qcompiler.passes.weights import Quantized, recipe_of, resolve
 from qcompiler.plan import CompilePlan
 from qcompiler.progress import Progress
 from qcompiler.report import LayerReport
-from qcompiler.workspace import Workspace
 
 
 class WeightStream:
@@ -30,7 +30,7 @@ class WeightStream:
     written of the one before; of experts, fp32 copies of one matrix at a time.
     """
 
-    def __init__(self, plan: CompilePlan, workspace: Workspace):
+    def __init__(self, plan: CompilePlan, workspace: PartStore):
         self._plan = plan
         self._workspace = workspace
         self._kept: tuple[str, Mapping[str, torch.Tensor]] | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qcompiler.allocation.allocate import Allocation
     from qcompiler.quality import Quality
 
 
@@ -73,10 +74,15 @@ class CompileReport:
     embeddings: list[EmbeddingReport] = field(default_factory=list)
     kv_cache: str = "plain"
     emissions: dict[str, Any] = field(default_factory=dict)
+    allocation: Allocation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict with the documented keys."""
-        return {**asdict(self), "emissions": {name: e.to_json() for name, e in self.emissions.items()}}
+        return {
+            **asdict(self),
+            "emissions": {name: emission.to_json() for name, emission in self.emissions.items()},
+            "allocation": self.allocation.to_json() if self.allocation else None,
+        }
 
     def worst_layers(self, count: int = 5) -> list[LayerReport]:
         """The quantized linears of largest relative error."""
@@ -105,6 +111,7 @@ class CompileReport:
             yield "", f"{len(names)} skipped: {reason}: {shorten(names)}"
         if self.kv_cache != "plain":
             yield "KV cache", f"{self.kv_cache}; the figures of quality are with it"
+        yield from self._allocation_lines()
         gpu = f", {format_bytes(self.peak_gpu_bytes)} GPU" if self.peak_gpu_bytes else ""
         yield "peak memory", f"{format_bytes(self.peak_rss_bytes)} RAM{gpu}"
         yield (
@@ -119,6 +126,15 @@ class CompileReport:
         yield "manifest", f"sha256 {self.manifest_sha256}"
         yield "try next", f'qrun generate {self.output} --prompt "Once upon a time"'
         yield "", f"qrun bench {self.output}"
+
+    def _allocation_lines(self) -> Iterator[tuple[str, str]]:
+        allocation = self.allocation
+        if allocation is None:
+            return
+        yield "target", f"{allocation.target}: {allocation.bits_per_weight:.3f} bits per weight were chosen"
+        for index, (label, count) in enumerate(allocation.counts.items()):
+            yield "" if index else "formats", f"{label}: {count} groups of linears"
+        yield "predicted", f"{allocation.predicted:.5f} ({allocation.unit})"
 
     def _quality_lines(self) -> Iterator[tuple[str, str]]:
         q = self.quality

@@ -107,10 +107,10 @@ def softmax_attention(
     grouped = q.float().reshape(batch, -1, group * rows, q.shape[-1])
     scores = torch.matmul(grouped, k.float().transpose(-1, -2)).mul_(scale).unflatten(2, (group, rows))
     if softcap > 0:
-        scores = torch.tanh_(scores.div_(softcap)).mul_(softcap)
+        scores = torch.tanh_(scores.div_(softcap)) * softcap  # not in place: tanh's gradient needs its value
     if mask is not None:
         scores.masked_fill_(~mask.unsqueeze(2), -torch.inf)
-    top = scores.amax(-1, keepdim=True)
+    top = scores.detach().amax(-1, keepdim=True)  # any shift gives the same, so it carries no gradient
     if sinks is not None:
         sink = sinks.float().view(1, -1, group, 1, 1)
         top = torch.maximum(top, sink)

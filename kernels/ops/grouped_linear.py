@@ -36,10 +36,11 @@ def _reference(
     for expert, last in enumerate(offsets.tolist()):
         if last > first:
             matrix = weight[expert] if transposed else weight[expert].t()
+            # Assigned, not written by `out=`: calibration takes gradients through this.
             if bias is None:
-                torch.mm(x[first:last], matrix, out=out[first:last])
+                out[first:last] = torch.mm(x[first:last], matrix)
             else:
-                torch.addmm(bias[expert].to(x.dtype), x[first:last], matrix, out=out[first:last])
+                out[first:last] = torch.addmm(bias[expert].to(x.dtype), x[first:last], matrix)
         first = last
     return out
 

@@ -117,13 +117,13 @@ class Calibration:
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
     _store: PartStore = field(default_factory=MemoryStore, repr=False)
     _block_of: dict[str, str] = field(default_factory=dict, repr=False)
+    _parts: dict[str, list[str]] = field(default_factory=dict, repr=False)
     _parameters: dict[str, str] = field(default_factory=dict, repr=False)
 
     def tensors(self, linear: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a linear, part → tensor."""
         held = self._store.load(_key(self._block_of[linear]))
-        return {part: held[f"{linear}.{part}"] for part in get_format(self.specs[linear].name).tensor_specs(
-            self.specs[linear], 1, 1)}  # fmt: skip
+        return {part: held[f"{linear}.{part}"] for part in self._parts[linear]}
 
     @property
     def parameters(self) -> list[str]:
@@ -140,6 +140,7 @@ class Calibration:
         for linear, spec in info["specs"].items():
             self.specs[linear] = get_format(spec["format"]).spec_from_json(spec)
             self._block_of[linear] = block
+        self._parts.update(info["parts"])
         self._parameters.update(dict.fromkeys(info["parameters"], block))
 
 
@@ -218,6 +219,7 @@ def _store(store: PartStore, block: Block, result: BlockResult) -> dict[str, Any
     tensors = {f"{name}.{part}": t for name, parts in result.tensors.items() for part, t in parts.items()}
     info = {
         "specs": {name: spec.to_json() for name, spec in result.specs.items()},
+        "parts": {name: list(parts) for name, parts in result.tensors.items()},
         "parameters": list(tuned),
         "figures": result.info,
     }

@@ -12,9 +12,9 @@ import click
 from qcompiler import __version__
 from qcompiler.cli.config_file import apply_config
 from qcompiler.cli.method_flags import collect, method_flags, typed
-from qcompiler.kernels.errors import QCompilerError
+from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.kernels.formats.kv_cache import KV_BITS
-from qcompiler.options import DTYPES, CompileOptions, parse_bits
+from qcompiler.options import DTYPES, SENSITIVITIES, CompileOptions, parse_bits, parse_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +27,7 @@ Examples:
   qcompile examples/models/tiny-llama --method hqq --bits 4
   qcompile owner/name --bits 3 --bits '*.o_proj=6' --lm-head-bits 8 -o out
   qcompile owner/name --bits 4 --dry-run
+  qcompile owner/name --target-bpw 3.0 --report-plot curve.png
   qcompile owner/name --bits 4 --emit artifact,onnx
   qcompile emit ARTIFACT --to onnx         (see qcompile emit --help)
 \b
@@ -45,7 +46,7 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
     help="YAML file with these options, or with LLaMA-Factory's keys; flags override it.",
 )
 @click.option(
-    "-m", "--method", default="hqq", show_default=True, help="hqq, rtn, bnb, eetq, gptq, aqlm, none."
+    "-m", "--method", help="hqq, rtn, bnb, eetq, gptq, aqlm, none [hqq]; auto with a target [auto]."
 )
 @click.option(
     "-b", "--bits", "bits", multiple=True, metavar="B|PATTERN=B",
@@ -56,6 +57,21 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 )
 @click.option(
     "-g", "--group-size", type=int, help="Weights per scale: 16, 32, 64, 128, 256; 0 = per output channel."
+)
+@click.option(
+    "--target-bpw", type=float, help="Choose a format for each linear: bits per weight of them all."
+)
+@click.option("--target-size", metavar="SIZE", help="The same for the artifact's size: 5GB, 4.5GiB, 800MB.")
+@click.option("--target-kl", type=float, help="The same: the smallest size with this measured KL divergence.")
+@click.option(
+    "--sensitivity",
+    default="output",
+    show_default=True,
+    type=click.Choice(SENSITIVITIES),
+    help="How a target weighs its choices: output, on calibration text; weights, without.",
+)
+@click.option(
+    "--report-plot", type=click.Path(path_type=Path), help="Draw a target's trade-off of size and loss here."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
@@ -109,14 +125,22 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("-v", "--verbose", is_flag=True, help="Every layer and pass; tracebacks.")
 @click.version_option(__version__)
 def qcompile(
-    model: str, method: str, bits: tuple[str, ...], emit: str, dry_run: bool, as_json: bool, quiet: bool,
-    verbose: bool, **flags: Any,
+    model: str, method: str | None, bits: tuple[str, ...], target_size: str | None, emit: str, dry_run: bool,
+    as_json: bool, quiet: bool, verbose: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Compile MODEL (a checkpoint folder, or a hub id) into a quantized artifact."""
     from rich.console import Console
 
     stderr = Console(stderr=True, quiet=quiet)
     default, overrides = parse_bits(bits)
+    targets = (flags["target_bpw"], target_size, flags["target_kl"])
+    has_target = any(target is not None for target in targets)
+    if has_target and default is not None:
+        raise InvalidInputError(
+            f"--bits {default} and a target contradict each other",
+            hint="Fix some linears only (--bits 'PATTERN=8'), or drop one of the two.",
+        )
+    method = method or ("auto" if has_target else "hqq")
     method_options = collect(method, flags)
     # Heavy imports come after the command line was found to make sense.
     from qcompiler.emit.targets import parse_targets
@@ -131,6 +155,7 @@ def qcompile(
         bits_overrides=overrides,
         emit=parse_targets(emit),
         method_options=typed(method_options, {key: o.default for key, o in chosen.options.items()}),
+        target_bytes=None if target_size is None else parse_size(target_size),
         **flags,
     )
 

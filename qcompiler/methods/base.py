@@ -25,6 +25,7 @@ ENTRY_POINT_GROUP = "qcompiler.methods"
 # name -> module and class; imported at first use, so that listing methods stays light.
 _BUILT_IN = {
     "aqlm": ("qcompiler.methods.aqlm", "AQLM"),
+    "auto": ("qcompiler.allocation.method", "Auto"),
     "bnb": ("qcompiler.methods.bnb", "BitsAndBytes"),
     "eetq": ("qcompiler.methods.eetq", "Eetq"),
     "gptq": ("qcompiler.methods.gptq", "GPTQ"),

@@ -117,7 +117,7 @@ def finetune(
     """
     names = {name: linear.weight for name, linear in task.linears.items()}
     vectors = {name: task.weights[name] for name in task.tunable()}
-    tuned = tune(partial(_window_error, task), task.windows, fitted, names, vectors, settings, task.seed)
+    tuned = tune(partial(window_error, task), task.windows, fitted, names, vectors, settings, task.seed)
     task.tell(f"{task.name}: block error {tuned[2]['error_before']:.5f}, tuned {tuned[2]['error']:.5f}")
     return tuned
 
@@ -227,7 +227,7 @@ def _mean_loss(
     return sum(float(loss(window, weights)) for window in range(count)) / count
 
 
-def _window_error(task: BlockTask, window: int, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+def window_error(task: BlockTask, window: int, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean over the window's tokens of the squared error over the squared size of the block's output."""
     pairs = zip(task.forward(window, weights), task.target(window), strict=True)
     errors = sum((found - wanted).square().sum(-1).flatten() for found, wanted in pairs)

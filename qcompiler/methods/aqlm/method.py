@@ -80,7 +80,7 @@ class AQLM(CalibratedMethod):
         spec = _additive(spec, name)
         size = -(-weight.shape[1] // spec.group_size) * spec.group_size
         metric = Metric(torch.eye(size, device=weight.device), spec.group_size, settings.damping)
-        return _stored(spec, fit_layer(weight, metric, spec, settings, seed=0))
+        return stored_tensors(spec, fit_layer(weight, metric, spec, settings, seed=0))
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """See `CalibratedMethod.quantize_block`."""
@@ -102,7 +102,7 @@ class AQLM(CalibratedMethod):
             current.update({linear.weight: fitted[linear.name].weight() for linear in stage})
         figures = {"layer_error": {name: layer.error for name, layer in fitted.items()}}
         fitted, vectors, info = finetune(task, fitted, tuning_settings(options))
-        tensors = {name: _stored(task.specs[name], layer) for name, layer in fitted.items()}
+        tensors = {name: stored_tensors(task.specs[name], layer) for name, layer in fitted.items()}
         weights = {
             task.linears[name].weight: ADDITIVE.dequantize(
                 task.specs[name], stored, task.linears[name].in_features, torch.float32
@@ -126,7 +126,7 @@ def tuning_settings(options: Mapping[str, Any]) -> FinetuneSettings:
     )
 
 
-def _stored(spec: AdditiveSpec, layer: Fitted) -> dict[str, torch.Tensor]:
+def stored_tensors(spec: AdditiveSpec, layer: Fitted) -> dict[str, torch.Tensor]:
     """The tensors of the format; codewords are brought to a root mean square of 1 first."""
     size = layer.codebooks.square().mean().sqrt().clamp_min(1e-12)
     return ADDITIVE.pack(spec, layer.codes, layer.codebooks / size, layer.scales * size)
