@@ -112,9 +112,7 @@ def report_of(layer: QuantizedLinear, relative_error: float) -> dict[str, Any]:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "bits": getattr(layer.spec, "bits", 0),
-        "bits_per_weight": get_format(layer.format).bits_per_weight(
-            layer.spec, layer.out_features, layer.in_features
-        ),
+        "bits_per_weight": layer.bits_per_weight,
         "relative_error": relative_error,
     }
 
