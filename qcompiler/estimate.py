@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qcompiler.calibrate_plan import calibration_windows
+from qcompiler.calibration import cut_blocks
 from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
 from qcompiler.plan import CompilePlan, make_plan
@@ -43,6 +47,7 @@ class Estimate:
         disk_bytes: Free disk needed while compiling: the artifact and the finished layers beside it.
         embeddings: The planned embedding tables, described as the linears are.
         seconds: Time, from timing the method on a sample on this machine; evaluation not included.
+        phases: Seconds of calibration by phase, where the method can tell; part of `seconds`.
     """
 
     model: str
@@ -58,6 +63,7 @@ class Estimate:
     disk_bytes: int
     seconds: float
     embeddings: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -95,7 +101,8 @@ class Estimate:
             ("memory needed", format_bytes(self.memory_bytes)
              + (f", GPU {format_bytes(self.gpu_memory_bytes)}" if self.gpu_memory_bytes else "")),
             ("disk needed", format_bytes(self.disk_bytes)),
-            ("time", f"about {self.seconds:.0f} s" if self.seconds >= 1 else "about a second"),
+            ("time", about(self.seconds)),
+            *([("calibration", shares(self.phases))] if self.phases else []),
         ):  # fmt: skip
             console.print(f"{label:16} {text}", highlight=False)
 
@@ -107,6 +114,7 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         (progress or Progress()).note(note)
     sizes = Sizes(plan)
     memory, gpu = memory_needed(plan)
+    phases, calibrated = calibration_seconds(plan)
     return Estimate(
         model=options.model,
         method=options.method,
@@ -119,9 +127,25 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         memory_bytes=memory,
         gpu_memory_bytes=gpu,
         disk_bytes=disk_needed(sizes),
-        seconds=seconds_needed(plan),
+        seconds=sum(phases.values()) + seconds_needed(plan, calibrated),
         embeddings=[described(layer, sizes) for layer in plan.embeddings],
+        phases=phases,
     )
+
+
+def about(seconds: float) -> str:
+    """A time as one would say it."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s" if seconds >= 1 else "about a second"
+
+
+def shares(phases: dict[str, float]) -> str:
+    """Phases by falling share of their sum."""
+    total = sum(phases.values())
+    ordered = sorted(phases.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in ordered)
 
 
 def described(layer: QuantizedLinear, sizes: Sizes) -> dict[str, Any]:
@@ -196,12 +220,34 @@ def disk_needed(sizes: Sizes) -> int:
     return 2 * sizes.bytes
 
 
-def seconds_needed(plan: CompilePlan) -> float:
-    """Seconds to quantize all linears and move their bytes, from timing the method on a sample here."""
-    if not plan.layers:
-        return 0.0
+def calibration_seconds(plan: CompilePlan) -> tuple[dict[str, float], set[str]]:
+    """Seconds by phase of the calibrated blocks, as the method tells, and the layers that they cover."""
+    phases: dict[str, float] = {}
+    covered: set[str] = set()
+    if not isinstance(plan.method, CalibratedMethod):
+        return phases, covered
+    planned = {layer.name: layer.spec for layer in plan.layers}
+    windows, context = calibration_windows(plan)
+    for block in cut_blocks(plan.captured.graph)[1]:
+        specs = {linear.name: planned[linear.name] for linear in block.linears if linear.name in planned}
+        found = plan.method.block_seconds(block, specs, plan.method_options, windows, context, plan.device)
+        for name, seconds in found.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        covered.update(specs if found else ())
+    return phases, covered
+
+
+def seconds_needed(plan: CompilePlan, covered: Collection[str] = ()) -> float:
+    """Seconds to quantize linears that are not `covered`, from timing the method on a sample here.
+
+    And to move the bytes of all.
+    """
+    moved = plan.checkpoint.bytes + 3 * Sizes(plan).bytes
+    layers = [layer for layer in plan.layers if layer.name not in covered]
+    if not layers:
+        return moved / _ASSUMED_DISK_BYTES_PER_SECOND if plan.layers else 0.0
     generator = torch.Generator().manual_seed(0)
-    layer = max(plan.layers, key=lambda item: item.out_features * item.in_features)
+    layer = max(layers, key=lambda item: item.out_features * item.in_features)
     method, method_options = plan.method_of(layer)
     rows = max(1, min(layer.out_features, (1 << 18) // layer.in_features))
     sample = torch.randn(rows, layer.in_features, generator=generator).mul_(0.02).to(plan.device)
@@ -211,6 +257,5 @@ def seconds_needed(plan: CompilePlan) -> float:
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     per_weight = (time.perf_counter() - started) / sample.numel()
-    weights = sum(item.out_features * item.in_features for item in plan.layers)
-    moved = plan.checkpoint.bytes + 3 * Sizes(plan).bytes
+    weights = sum(item.out_features * item.in_features for item in layers)
     return weights * per_weight + moved / _ASSUMED_DISK_BYTES_PER_SECOND

@@ -76,8 +76,9 @@ class WeightStream:
         return self._kept[1]
 
     def _calibrated(self, layer: QuantizedLinear, calibration: Calibration) -> dict[str, Any]:
-        weight = self._plan_weight(layer).float()
-        error, total = squared_error(weight, layer, calibration.tensors(layer.name))
+        device = self._plan.device
+        tensors = {part: tensor.to(device) for part, tensor in calibration.tensors(layer.name).items()}
+        error, total = squared_error(self._plan_weight(layer).to(device), layer, tensors)
         return report_of(layer, error / total if total else 0.0)
 
     def _plan_weight(self, layer: QuantizedLinear) -> torch.Tensor:

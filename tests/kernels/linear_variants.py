@@ -105,9 +105,9 @@ def int8_variants():
 
 def expert_variants():
     """Few tokens, many, float32 activations, and rows that are no whole words."""
-    for rows, element, words in (
-        (8, "bf16", True), (8, "fp16", True), (256, "bf16", True), (8192, "bf16", True),
-        (8192, "fp16", True), (64, "fp32", True), (8, "bf16", False),
+    for rows, element, words, double in (
+        (8, "bf16", True, True), (256, "fp16", True, True), (8192, "bf16", True, False),
+        (64, "fp32", True, True), (8, "bf16", False, True),
     ):  # fmt: skip
         half = element != "fp32"
         block_n, block_m, warps, stages = expert_tile(rows, 8, 2 if half else 4)
@@ -121,13 +121,12 @@ def expert_variants():
         int8 = {"PER": 4 if words else 1, "UNITS": 32, "DECODE": int8_decode if half and words else ""}
         pointer = {"units": "*i32" if words else "*i8"}
         yield grouped_linear_int8_kernel, element, given | pointer, shared | int8, config
-        for double in (True, False):
-            lut4 = {
-                "PER": 8 if words else 2, "UNITS": 16, "BLOCK": 64, "CROSS": not words, "DOUBLE": double,
-                "DECODE": decode_asm("nf4", _TORCH[element]) if half and words else "",
-            }  # fmt: skip
-            pointers = {"units": "*i32" if words else "*u8", "absmax": "*u8" if double else "*fp32"}
-            yield grouped_linear_lut4_kernel, element, given | pointers, shared | lut4, config
+        lut4 = {
+            "PER": 8 if words else 2, "UNITS": 16, "BLOCK": 64, "CROSS": not words, "DOUBLE": double,
+            "DECODE": decode_asm("nf4", _TORCH[element]) if half and words else "",
+        }  # fmt: skip
+        pointers = {"units": "*i32" if words else "*u8", "absmax": "*u8" if double else "*fp32"}
+        yield grouped_linear_lut4_kernel, element, given | pointers, shared | lut4, config
 
 
 def llm_int8_variants():

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import torch
 
-# Elements of the largest temporary, [rows, beam, codewords].
-_MAX_ELEMENTS = 1 << 25
+
+def max_elements(device: torch.device) -> int:
+    """Elements of the largest temporary, [rows, beam, codewords]: enough of them to fill a GPU."""
+    return 1 << (28 if device.type == "cuda" else 25)
 
 
 def choose_codes(
@@ -32,7 +34,9 @@ def choose_codes(
     Returns:
         Codes int64 [N, M].
     """
-    rows = max(1, _MAX_ELEMENTS // (max(1, beam) * codebooks.shape[1]))
+    # A single codebook has no sums to keep: its nearest codeword is the answer.
+    kept = 1 if codebooks.shape[0] == 1 else max(1, beam)
+    rows = max(1, max_elements(target.device) // (kept * codebooks.shape[1]))
     parts = [
         _choose_rows(part, codebooks, beam, None if start is None else start[first : first + rows])
         for first, part in zip(range(0, target.shape[0], rows), target.split(rows), strict=True)
