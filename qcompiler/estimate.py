@@ -29,6 +29,9 @@ _BASE_BYTES = 800 << 20
 # fp32 copies of a weight that a solver holds beside the weight itself (it works through rows in chunks).
 _SOLVER_COPIES = 2
 _SHARD_BYTES = 256 << 20
+# fp32 copies of a block's weights, and of its widest Gram matrix, that a calibrated method holds at its peak.
+_BLOCK_COPIES = 8
+_GRAM_COPIES = 10
 _ASSUMED_DISK_BYTES_PER_SECOND = 1e9
 
 
@@ -209,10 +212,27 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     head = max(weights, default=0) * plan.dtype.itemsize
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
-    work = max(solver, evaluation)
+    work = max(solver, evaluation, calibration_memory(plan))
     if plan.device.type == "cuda":
         return _BASE_BYTES + 2 * head + _SHARD_BYTES, work
     return _BASE_BYTES + max(work, head + _SHARD_BYTES), 0
+
+
+def calibration_memory(plan: CompilePlan) -> int:
+    """Bytes where a calibrated method computes: streams of the text, and one block with its solvers."""
+    if not isinstance(plan.method, CalibratedMethod):
+        return 0
+    windows, context = calibration_windows(plan)
+    largest = 0
+    for block in cut_blocks(plan.captured.graph)[1]:
+        weights = sum(linear.out_features * linear.in_features for linear in block.linears)
+        narrow = min((linear.in_features for linear in block.linears), default=0)
+        wide = max((linear.in_features for linear in block.linears), default=0)
+        # Two streams and the block's targets in fp32; the block's weights with those that were found, their
+        # codes and gradients; copies of the widest input's Gram matrix, most of them in fp64.
+        streams = 3 * 4 * windows * context * narrow
+        largest = max(largest, streams + 4 * _BLOCK_COPIES * weights + 4 * _GRAM_COPIES * wide**2)
+    return largest
 
 
 def disk_needed(sizes: Sizes) -> int:

@@ -19,6 +19,7 @@ from qcompiler.methods.aqlm.cost import Rates, block_seconds
 from qcompiler.methods.aqlm.finetune import FinetuneSettings
 from qcompiler.methods.aqlm.layer import LayerSettings
 from qcompiler.methods.aqlm.phases import PHASES
+from qcompiler.methods.aqlm.search import smallest
 from qcompiler.methods.aqlm.sums import CodewordSums, sums_of, tunable_sum
 from qcompiler.methods.base import get_method
 from qcompiler.runtime.artifact import open_artifact
@@ -37,6 +38,12 @@ def test_sums_in_runs_are_those_of_index_add(points, codewords):
     found = CodewordSums(index, codewords, in_runs=True)(values)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(CodewordSums(index, codewords)(values), wanted)
+
+
+@pytest.mark.parametrize("columns", [3, 256, 2048, 3000, 65536])
+def test_the_smallest_value_of_a_row_is_found_run_by_run(columns):
+    values = torch.randn(7, columns, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(smallest(values), values.argmin(1))
 
 
 def test_a_sum_of_codewords_has_the_gradient_of_look_ups():
@@ -174,3 +181,31 @@ def test_the_work_of_a_block_is_counted_from_its_shapes():
     # Inputs that are shared are measured once.
     assert work([[*square[0], *square[0]]], flop=1.0)["moments"] == work(square, flop=1.0)["moments"]
     assert work([*square, *square], flop=1.0)["moments"] > 2 * work(square, flop=1.0)["moments"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", ["2x6", "1x12"])
+def test_a_block_on_a_gpu_is_as_good_as_on_a_cpu_and_the_same_every_time(scheme):
+    source = ModelSource.from_pretrained(TINY)
+    gm = capture(source, torch.float32).graph
+    spec = AdditiveSpec.parse(scheme)
+
+    def fitted(device):
+        return calibrate(
+            gm,
+            source.checkpoint.tensor,
+            TEXT,
+            get_method("aqlm"),
+            lambda name, *_: spec if name.startswith("model.layers.1.") else "kept",
+            CalibrationSettings(64, 512),
+            options={"beam": 4, "rounds": 2, "epochs": 2, "code_updates": 1},
+            device=device,
+        )
+
+    on_cpu, on_gpu, again = (fitted(device) for device in ("cpu", "cuda", "cuda"))
+    figures = [outcome.blocks["model.layers.1"] for outcome in (on_cpu, on_gpu)]
+    assert figures[1]["error"] == pytest.approx(figures[0]["error"], rel=0.1)
+    for name in on_gpu.specs:
+        found, repeated = on_gpu.tensors(name), again.tensors(name)
+        assert all(torch.equal(tensor, repeated[part]) for part, tensor in found.items())

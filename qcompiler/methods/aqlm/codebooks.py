@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qcompiler.methods.aqlm.search import Metric, max_elements, sum_codewords
+from qcompiler.methods.aqlm.search import Metric, max_elements, smallest, sum_codewords
 from qcompiler.methods.aqlm.sums import CodewordSums, sums_of, tunable_sum
 
 
@@ -61,7 +61,7 @@ def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     norms = centres.square().sum(1)
     chunk = max(1, max_elements(points.device) // centres.shape[0])
     return torch.cat(
-        [torch.addmm(norms, part, centres.T, alpha=-2.0).argmin(1) for part in points.split(chunk)]
+        [smallest(torch.addmm(norms, part, centres.T, alpha=-2.0)) for part in points.split(chunk)]
     )
 
 
