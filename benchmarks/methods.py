@@ -1,8 +1,9 @@
 """Quality of every method as `qcompile` reports it: one compilation per row, both models in fp32.
 
-    python -m benchmarks.methods --models DIR --text FILE --calib-text FILE [--only tiny-llama]
+    python -m benchmarks.methods --models DIR --text FILE --calib-text FILE [--only MODEL] [--row "eetq 8"]
 
-Writes benchmarks/results/methods-<model>.json and the tables between the markers of docs/quality.md.
+Writes benchmarks/results/methods-<model>.json and the tables between the markers of docs/quality.md;
+with --row, rows that are not named stay as they were measured.
 """
 
 from __future__ import annotations
@@ -17,9 +18,31 @@ from typing import Any
 import torch
 
 from benchmarks.quality import RESULTS, write_between
-from qcompiler.methods.base import get_method
+from qcompiler.kernels.formats.affine import AffineSpec
+from qcompiler.methods.affine import AffineMethod, Groups, store
+from qcompiler.methods.base import get_method, register_method
 from qcompiler.options import CompileOptions
 from qcompiler.pipeline import compile_model
+
+
+@register_method
+class SymmetricRounding(AffineMethod):
+    """What NF4 is measured by: each block's absmax at code 7, the rest to the nearest of 15 even steps.
+
+    Stored as affine with a zero point, which a format of its own would not need.
+    """
+
+    name = "symmetric"
+    summary = "symmetric round to nearest, a yardstick"
+
+    def solve_groups(self, values: torch.Tensor, spec: AffineSpec, importance: torch.Tensor | None) -> Groups:
+        """See `AffineMethod.solve_groups`."""
+        centre = float(2 ** (spec.bits - 1))
+        absmax = values.abs().amax(dim=1, keepdim=True)
+        scales, _ = store(absmax / (centre - 1), -absmax, absmax, spec)
+        codes = (torch.round(values / scales) + centre).clamp_(1.0, 2 * centre - 1)
+        return Groups(codes, scales, torch.full_like(scales, centre))
+
 
 # name in the table, method, bits, options of the method
 ROWS: list[tuple[str, str, int, dict[str, Any]]] = [
@@ -27,10 +50,12 @@ ROWS: list[tuple[str, str, int, dict[str, Any]]] = [
     ("bnb 8 (LLM.int8())", "bnb", 8, {}),
     ("bnb 4 nf4", "bnb", 4, {}),
     ("bnb 4 fp4", "bnb", 4, {"quant_type": "fp4"}),
+    ("int4 symmetric g64", "symmetric", 4, {}),
     ("hqq 4 g64", "hqq", 4, {}),
     ("gptq 4 g64", "gptq", 4, {}),
     ("hqq 3 g64", "hqq", 3, {}),
     ("gptq 3 g64", "gptq", 3, {}),
+    ("aqlm 3x8", "aqlm", 3, {"scheme": "3x8", "epochs": 2}),
     ("hqq 2 g64", "hqq", 2, {}),
     ("gptq 2 g64", "gptq", 2, {}),
     ("aqlm 2x8", "aqlm", 2, {"scheme": "2x8", "epochs": 2}),
@@ -72,8 +97,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"Original perplexity {rows[0]['perplexity_original']:.3f}; {rows[0]['tokens']} scored tokens.",
         "",
-        "| method | bits per weight | perplexity | KL, nats per token | same top-1 |",
-        "|---|---|---|---|---|",
+        "| method | bits per weight | perplexity | KL, nats per token | same top-1 | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for item in rows:
         change = 100 * (item["perplexity"] / item["perplexity_original"] - 1)
@@ -83,26 +108,41 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{item['perplexity']:.3f} ({change:+.2f} %)",
             f"{item['kl_mean']:.5f} ± {item['kl_se']:.5f}",
             f"{100 * item['top1_agreement']:.2f} %",
+            f"{item['seconds']:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def kept(name: str) -> list[dict[str, Any]]:
+    """The rows of an earlier run."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"methods-{name}.json").read_text("utf-8"))["rows"]
+    return rows
+
+
 def main() -> None:
     """Run the rows and write results and tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calib-text", type=Path, required=True)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calib-text", type=Path)
     parser.add_argument("--calib-tokens", type=int, default=32768)
     parser.add_argument("--eval-tokens", type=int, default=16384)
     parser.add_argument("--only", action="append")
+    parser.add_argument("--row", action="append")
+    parser.add_argument("--tables-only", action="store_true", help="rewrite the tables from the JSON files")
     args = parser.parse_args()
     for name in args.only or ["tiny-llama", "small-llama"]:
-        rows = []
+        if args.tables_only:
+            write_between(f"methods-{name}", table(kept(name)))
+            continue
+        measured = {item["label"]: item for item in kept(name)} if args.row else {}
         for label, method, bits, options in ROWS:
-            rows.append(row(args.models / name, label, method, bits, options, args))
-            print(name, rows[-1]["label"], round(rows[-1]["kl_mean"], 5), rows[-1]["seconds"], flush=True)
+            if not args.row or label in args.row:
+                item = row(args.models / name, label, method, bits, options, args)
+                measured[label] = item
+                print(name, label, round(item["kl_mean"], 5), item["seconds"], flush=True)
+        rows = [measured[label] for label, *_ in ROWS if label in measured]
         settings = {
             "command": "python -m benchmarks.methods --models DIR --text FILE --calib-text FILE",
             "calib_tokens": args.calib_tokens,

@@ -17,6 +17,8 @@ import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 from qcompiler.kernels.cpu import linear_affine as cpu
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec, block_width
+from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
+from qcompiler.kernels.formats.lut4 import LUT4, Lut4Spec
 from qcompiler.kernels.library import registered_ops
 from qcompiler.kernels.ops.linear_affine_sides import LINEAR_AFFINE_SIDES, pack_sides
 
@@ -210,11 +212,14 @@ class AffineCpuDense(_AffineCpu):
         return kept, {}
 
 
-class GroupedAffineCpuDense(_AffineCpu):
+class _GroupedCpuDense(Provider):
     """Expert weights dequantized once into the activations' dtype, and a plain grouped linear."""
 
     name = "cpu-dense"
-    op_name = "grouped_linear_affine"
+
+    @abstractmethod
+    def _dense(self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> torch.Tensor:
+        """The weight [experts·out_features, in_features]."""
 
     @property
     def op(self) -> torch._ops.OpOverload:
@@ -222,11 +227,11 @@ class GroupedAffineCpuDense(_AffineCpu):
         return registered_ops()["grouped_linear"].overload
 
     def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
-        """Every affine weight, on CPUs, unless memory is to be saved."""
+        """Every weight of the format, on CPUs, unless memory is to be saved."""
         if self.device.type != "cpu":
             return "runs on CPUs"
         experts = _experts(attrs)
-        if not experts or tensors["low"].shape[0] % experts:
+        if not experts or next(iter(tensors.values())).shape[0] % experts:
             return "must know how many experts the stored rows are divided among"
         return "keeps dense weights" if self.lean else None
 
@@ -239,6 +244,37 @@ class GroupedAffineCpuDense(_AffineCpu):
         if tensors.get("bias") is not None:
             kept["bias"] = tensors["bias"]
         return kept, {"offsets": attrs["offsets"], "transposed": False}
+
+
+class GroupedAffineCpuDense(_GroupedCpuDense):
+    """Experts in the affine format."""
+
+    op_name = "grouped_linear_affine"
+
+    def _dense(self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> torch.Tensor:
+        spec = AffineSpec(attrs["bits"], attrs["group_size"], tensors["scales"].dtype)
+        return AFFINE.dequantize(spec, _stored(tensors), attrs["in_features"], self.dtype)
+
+
+class GroupedLut4CpuDense(_GroupedCpuDense):
+    """Experts in the lut4 format."""
+
+    op_name = "grouped_linear_lut4"
+
+    def _dense(self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> torch.Tensor:
+        double = tensors.get("nested_offset") is not None
+        spec = Lut4Spec(attrs["quant_type"], attrs["block_size"], double)
+        return LUT4.dequantize(spec, tensors, attrs["in_features"], self.dtype)
+
+
+class GroupedInt8CpuDense(_GroupedCpuDense):
+    """Experts in the int8_channel format."""
+
+    op_name = "grouped_linear_int8"
+
+    def _dense(self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> torch.Tensor:
+        spec = Int8ChannelSpec(None, tensors["scales"].dtype)
+        return INT8_CHANNEL.dequantize(spec, tensors, tensors["codes"].shape[1], self.dtype)
 
 
 class AffineSides(Provider):
@@ -277,6 +313,8 @@ _PROVIDERS: tuple[type[Provider], ...] = (
     AffineCpuInt8,
     AffineCpuDense,
     GroupedAffineCpuDense,
+    GroupedLut4CpuDense,
+    GroupedInt8CpuDense,
 )
 
 

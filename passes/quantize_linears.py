@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.base import GroupedFormat, get_format
 from qcompiler.kernels.formats.calls import is_linear_op
 from qcompiler.passes.addmm_to_linear import linear_bias
@@ -141,6 +142,11 @@ class QuantizeLinears(Pass):
         format_ = get_format(spec.name)
         if not isinstance(format_, GroupedFormat):
             result.skip(name, f"format {spec.name} has no op for expert weights")
+            return
+        try:
+            format_.grouped_tensor_specs(spec, experts, outputs, inputs)
+        except InvalidInputError as error:
+            result.skip(name, error.message)
             return
         bias = argument(first, 3, "bias")
         layer = QuantizedLinear(

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import qcompiler.kernels.formats.affine
 import qcompiler.kernels.ops  # noqa: F401  registers the ops
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.base import get_format
+from qcompiler.kernels.formats.base import GroupedFormat, TensorSpec, get_format
 from qcompiler.passes.base import PassResult
 from qcompiler.passes.graph_utils import Node, insert_attribute, module_path, remove_attribute
 from qcompiler.passes.weights import (
@@ -67,6 +67,27 @@ class QuantizedLinear:
     transposed: bool = False
     shared_with: tuple[str, ...] = ()
 
+    @property
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes of its stored tensors."""
+        format_ = get_format(self.format)
+        if self.kind != "experts":
+            return format_.tensor_specs(self.spec, self.out_features, self.in_features)
+        if not isinstance(format_, GroupedFormat):
+            raise InvalidInputError(f"format {self.format} has no op for expert weights")
+        rows = self.out_features // self.experts
+        return format_.grouped_tensor_specs(self.spec, self.experts, rows, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes: codes, padding, scales, everything."""
+        return sum(tensor.nbytes for tensor in self.tensor_specs.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · nbytes / (out_features · in_features)."""
+        return 8 * self.nbytes / (self.out_features * self.in_features)
+
 
 @dataclass
 class QuantizeResult(PassResult):
@@ -82,7 +103,7 @@ def register_quantized(gm: GraphModule, layer: QuantizedLinear, quantize: Quanti
         InvalidInputError: `quantize` gives tensors that the format does not store.
     """
     format_ = get_format(layer.format)
-    expected = format_.tensor_specs(layer.spec, layer.out_features, layer.in_features)
+    expected = layer.tensor_specs
     source, weight = recipe_of(gm, layer.weight), weight_of(gm, layer.weight)
     given: Mapping[str, torch.Tensor] | None = None
     if quantize is not None and not weight.is_meta:
@@ -111,8 +132,7 @@ def expert_matrices(weight: torch.Tensor, *, transposed: bool) -> list[torch.Ten
 
 def insert_stored(gm: GraphModule, layer: QuantizedLinear) -> dict[str, Node]:
     """Nodes that read the stored tensors of a layer, at the insertion point."""
-    parts = get_format(layer.format).tensor_specs(layer.spec, layer.out_features, layer.in_features)
-    return {part: insert_attribute(gm, f"{layer.name}.{part}") for part in parts}
+    return {part: insert_attribute(gm, f"{layer.name}.{part}") for part in layer.tensor_specs}
 
 
 def readers_of(gm: GraphModule, fqn: str) -> list[Node]:

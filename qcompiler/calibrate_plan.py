@@ -16,6 +16,13 @@ from qcompiler.progress import Progress
 from qcompiler.texts import text_tokens
 
 
+def calibration_windows(plan: CompilePlan) -> tuple[int, int]:
+    """How many windows of the calibration text are used at most, and their tokens."""
+    options = plan.options
+    context = min(options.eval_context, plan.captured.max_positions or options.eval_context)
+    return max(1, options.calib_tokens // context), context
+
+
 def calibrate_plan(plan: CompilePlan, workspace: PartStore, progress: Progress) -> Calibration:
     """Quantize the planned linears that lie in blocks; finished blocks of the workspace are kept.
 
@@ -24,7 +31,7 @@ def calibrate_plan(plan: CompilePlan, workspace: PartStore, progress: Progress) 
         UnsupportedModelError: The graph cannot be cut into blocks.
     """
     options = plan.options
-    context = min(options.eval_context, plan.captured.max_positions or options.eval_context)
+    _, context = calibration_windows(plan)
     if options.calib_tokens < context:
         raise InvalidInputError(
             f"calib_tokens is {options.calib_tokens}, less than one window of {context}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,10 @@ import torch
 
 from qcompiler.allocation.preview import Preview, preview
 from qcompiler.allocation.sensitivity import OBSERVED_TOKENS
+from qcompiler.calibrate_plan import calibration_windows
 from qcompiler.calibration import cut_blocks
 from qcompiler.kernels.errors import InvalidInputError
+from qcompiler.methods.calibrated import CalibratedMethod
 from qcompiler.options import CompileOptions
 from qcompiler.passes import QuantizedLinear
 from qcompiler.plan import CompilePlan, make_plan
@@ -28,6 +31,9 @@ _BASE_BYTES = 800 << 20
 # fp32 copies of a weight that a solver holds beside the weight itself (it works through rows in chunks).
 _SOLVER_COPIES = 2
 _SHARD_BYTES = 256 << 20
+# fp32 copies of a block's weights, and of its widest Gram matrix, that a calibrated method holds at its peak.
+_BLOCK_COPIES = 8
+_GRAM_COPIES = 10
 _ASSUMED_DISK_BYTES_PER_SECOND = 1e9
 
 
@@ -46,6 +52,7 @@ class Estimate:
         disk_bytes: Free disk needed while compiling: the artifact and the finished layers beside it.
         embeddings: The planned embedding tables, described as the linears are.
         seconds: Time, from timing the method on a sample on this machine; evaluation not included.
+        phases: Seconds of calibration by phase, where the method can tell; part of `seconds`.
         allocation: With a target: what is known of the choices; the other figures are then those of one
             uniform choice, and `seconds` counts every candidate once.
     """
@@ -64,6 +71,7 @@ class Estimate:
     seconds: float
     embeddings: list[dict[str, Any]] = field(default_factory=list)
     allocation: Preview | None = None
+    phases: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
@@ -103,7 +111,8 @@ class Estimate:
             ("memory needed", format_bytes(self.memory_bytes)
              + (f", GPU {format_bytes(self.gpu_memory_bytes)}" if self.gpu_memory_bytes else "")),
             ("disk needed", format_bytes(self.disk_bytes)),
-            ("time", f"about {self.seconds:.0f} s" if self.seconds >= 1 else "about a second"),
+            ("time", about(self.seconds)),
+            *([("calibration", shares(self.phases))] if self.phases else []),
         ):  # fmt: skip
             console.print(f"{label:16} {text}", highlight=False)
 
@@ -118,6 +127,7 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         plan, choices = preview(plan)
     sizes = Sizes(plan)
     memory, gpu = memory_needed(plan)
+    phases, calibrated = calibration_seconds(plan)
     return Estimate(
         model=options.model,
         method=options.method,
@@ -130,10 +140,27 @@ def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estima
         memory_bytes=memory,
         gpu_memory_bytes=gpu,
         disk_bytes=disk_needed(sizes, choices.trials if choices else 1),
-        seconds=seconds_needed(plan) * (len(choices.candidates) + choices.trials if choices else 1),
+        seconds=sum(phases.values())
+        + seconds_needed(plan, calibrated) * (len(choices.candidates) + choices.trials if choices else 1),
         embeddings=[described(layer, sizes) for layer in plan.embeddings],
         allocation=choices,
+        phases=phases,
     )
+
+
+def about(seconds: float) -> str:
+    """A time as one would say it."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {seconds:.0f} s" if seconds >= 1 else "about a second"
+
+
+def shares(phases: dict[str, float]) -> str:
+    """Phases by falling share of their sum."""
+    total = sum(phases.values())
+    ordered = sorted(phases.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in ordered)
 
 
 def described(layer: QuantizedLinear, sizes: Sizes) -> dict[str, Any]:
@@ -204,12 +231,29 @@ def memory_needed(plan: CompilePlan) -> tuple[int, int]:
     shards = min(3 * _SHARD_BYTES, Sizes(plan).bytes)
     # Both models' activations, a handful of [tokens, width] tensors in fp32, and both heads at once.
     evaluation = 2 * (6 * plan.options.eval_tokens * widest * 4 + head) if plan.options.eval_tokens else 0
-    work = max(solver, evaluation)
+    work = max(solver, evaluation, calibration_memory(plan))
     if plan.options.has_target and plan.options.sensitivity == "output":
         work = max(work, observation_bytes(plan))
     if plan.device.type == "cuda":
         return _BASE_BYTES + max(2 * read, 2 * head + shards), work
-    return _BASE_BYTES + max(solver + read, evaluation, 2 * head + shards), 0
+    return _BASE_BYTES + max(work + read, 2 * head + shards), 0
+
+
+def calibration_memory(plan: CompilePlan) -> int:
+    """Bytes where a calibrated method computes: streams of the text, and one block with its solvers."""
+    if not isinstance(plan.method, CalibratedMethod):
+        return 0
+    windows, context = calibration_windows(plan)
+    largest = 0
+    for block in cut_blocks(plan.captured.graph)[1]:
+        weights = sum(linear.out_features * linear.in_features for linear in block.linears)
+        narrow = min((linear.in_features for linear in block.linears), default=0)
+        wide = max((linear.in_features for linear in block.linears), default=0)
+        # Two streams and the block's targets in fp32; the block's weights with those that were found, their
+        # codes and gradients; copies of the widest input's Gram matrix, most of them in fp64.
+        streams = 3 * 4 * windows * context * narrow
+        largest = max(largest, streams + 4 * _BLOCK_COPIES * weights + 4 * _GRAM_COPIES * wide**2)
+    return largest
 
 
 def observation_bytes(plan: CompilePlan) -> int:
@@ -227,12 +271,34 @@ def disk_needed(sizes: Sizes, trials: int = 1) -> int:
     return (1 + trials) * sizes.bytes
 
 
-def seconds_needed(plan: CompilePlan) -> float:
-    """Seconds to quantize all linears and move their bytes, from timing the method on a sample here."""
-    if not plan.layers:
-        return 0.0
+def calibration_seconds(plan: CompilePlan) -> tuple[dict[str, float], set[str]]:
+    """Seconds by phase of the calibrated blocks, as the method tells, and the layers that they cover."""
+    phases: dict[str, float] = {}
+    covered: set[str] = set()
+    if not isinstance(plan.method, CalibratedMethod):
+        return phases, covered
+    planned = {layer.name: layer.spec for layer in plan.layers}
+    windows, context = calibration_windows(plan)
+    for block in cut_blocks(plan.captured.graph)[1]:
+        specs = {linear.name: planned[linear.name] for linear in block.linears if linear.name in planned}
+        found = plan.method.block_seconds(block, specs, plan.method_options, windows, context, plan.device)
+        for name, seconds in found.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        covered.update(specs if found else ())
+    return phases, covered
+
+
+def seconds_needed(plan: CompilePlan, covered: Collection[str] = ()) -> float:
+    """Seconds to quantize linears that are not `covered`, from timing the method on a sample here.
+
+    And to move the bytes of all.
+    """
+    moved = plan.checkpoint.bytes + 3 * Sizes(plan).bytes
+    layers = [layer for layer in plan.layers if layer.name not in covered]
+    if not layers:
+        return moved / _ASSUMED_DISK_BYTES_PER_SECOND if plan.layers else 0.0
     generator = torch.Generator().manual_seed(0)
-    layer = max(plan.layers, key=lambda item: item.out_features * item.in_features)
+    layer = max(layers, key=lambda item: item.out_features * item.in_features)
     method, method_options = plan.method_of(layer)
     rows = max(1, min(layer.out_features, (1 << 18) // layer.in_features))
     sample = torch.randn(rows, layer.in_features, generator=generator).mul_(0.02).to(plan.device)
@@ -242,6 +308,5 @@ def seconds_needed(plan: CompilePlan) -> float:
     if plan.device.type == "cuda":
         torch.cuda.synchronize(plan.device)
     per_weight = (time.perf_counter() - started) / sample.numel()
-    weights = sum(item.out_features * item.in_features for item in plan.layers)
-    moved = plan.checkpoint.bytes + 3 * Sizes(plan).bytes
+    weights = sum(item.out_features * item.in_features for item in layers)
     return weights * per_weight + moved / _ASSUMED_DISK_BYTES_PER_SECOND

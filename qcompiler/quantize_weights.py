@@ -92,7 +92,9 @@ class WeightStream:
     def _calibrated(
         self, layer: QuantizedLinear, weight: torch.Tensor, calibration: Calibration
     ) -> dict[str, Any]:
-        error, total = squared_error(weight.float(), layer, calibration.tensors(layer.name))
+        found = calibration.tensors(layer.name)
+        tensors = {part: tensor.to(weight.device) for part, tensor in found.items()}
+        error, total = squared_error(weight.float(), layer, tensors)
         return report_of(layer, error / total if total else 0.0)
 
     def _plan_weight(self, layer: QuantizedLinear) -> torch.Tensor:
@@ -127,9 +129,7 @@ def report_of(layer: QuantizedLinear, relative_error: float) -> dict[str, Any]:
         "out_features": layer.out_features,
         "in_features": layer.in_features,
         "bits": getattr(layer.spec, "bits", 0),
-        "bits_per_weight": get_format(layer.format).bits_per_weight(
-            layer.spec, layer.out_features, layer.in_features
-        ),
+        "bits_per_weight": layer.bits_per_weight,
         "relative_error": relative_error,
     }
 

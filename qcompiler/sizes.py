@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qcompiler.kernels.formats import get_format
 from qcompiler.passes import QuantizedLinear
 from qcompiler.plan import CompilePlan
 
@@ -20,7 +19,7 @@ class Sizes:
 
     def __init__(self, plan: CompilePlan):
         numbers = {layer.weight: layer.out_features * layer.in_features for layer in plan.layers}
-        stored = sum(_nbytes(layer) for layer in plan.layers)
+        stored = sum(layer.nbytes for layer in plan.layers)
         floats = {
             name: tensor.numel()
             for name, tensor in plan.quantized_graph.state_dict(keep_vars=True).items()
@@ -35,13 +34,9 @@ class Sizes:
     @staticmethod
     def layer_bits(layer: QuantizedLinear) -> float:
         """Bits per weight of one linear."""
-        return get_format(layer.format).bits_per_weight(layer.spec, layer.out_features, layer.in_features)
-
-
-def _nbytes(layer: QuantizedLinear) -> int:
-    return get_format(layer.format).nbytes(layer.spec, layer.out_features, layer.in_features)
+        return layer.bits_per_weight
 
 
 def _bits_per_weight(layers: list[QuantizedLinear]) -> float:
     weights = sum(layer.out_features * layer.in_features for layer in layers)
-    return 8 * sum(map(_nbytes, layers)) / weights if weights else 0.0
+    return 8 * sum(layer.nbytes for layer in layers) / weights if weights else 0.0

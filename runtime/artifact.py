@@ -180,22 +180,18 @@ def _check_tensors(graph: Graph, tensors: TensorReader) -> None:
 
 
 def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
-    from qcompiler.kernels.formats import get_format
+    from qcompiler.kernels.formats import expert_tensor_specs, get_format
 
     where = f"{MANIFEST}: layer {layer.name!r}"
     try:
         format_ = get_format(layer.format)
-        specs = format_.tensor_specs(
-            format_.spec_from_json(layer.spec), layer.out_features, layer.in_features
+        specs = expert_tensor_specs(
+            format_, format_.spec_from_json(layer.spec), layer.experts, layer.out_features, layer.in_features
         )
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
     except (TypeError, ValueError, LookupError) as e:
         raise ArtifactError(f"{where}: settings {layer.spec} make no sense") from e
-    if layer.out_features % layer.experts:
-        raise ArtifactError(
-            f"{where}: {layer.out_features} rows cannot be divided among {layer.experts} experts"
-        )
     if set(specs) != set(layer.tensors):
         raise ArtifactError(
             f"{where}: format {layer.format!r} stores {sorted(specs)}, not {sorted(layer.tensors)}"
@@ -215,7 +211,7 @@ def _check_layer(layer: LayerEntry, tensors: TensorReader) -> None:
 
 def _check_stored_weight(node: Node, tensors: TensorReader) -> None:
     """An op's settings must fit the tensors that it reads: a kernel would read beyond them."""
-    from qcompiler.kernels.formats import get_format
+    from qcompiler.kernels.formats import expert_tensor_specs, get_format
     from qcompiler.kernels.formats.base import TensorSpec
     from qcompiler.kernels.formats.calls import stored_weight
 
@@ -234,9 +230,8 @@ def _check_stored_weight(node: Node, tensors: TensorReader) -> None:
             return
         found = {part: describe(argument) for part, argument in weight.tensors.items()}
         rows = next(iter(found.values())).shape
-        wanted = get_format(weight.spec.name).tensor_specs(
-            weight.spec, rows[0] if rows else 0, weight.in_features
-        )
+        format_, outputs = get_format(weight.spec.name), rows[0] if rows else 0
+        wanted = expert_tensor_specs(format_, weight.spec, weight.experts, outputs, weight.in_features)
     except InvalidInputError as e:
         raise ArtifactError(f"{where}: {e.message}", hint=e.hint) from e
     if set(wanted) != set(found):

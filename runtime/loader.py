@@ -122,8 +122,8 @@ class _Loader:
         attrs = {part: value for part, value in call.items() if part not in names and value is not None}
         if any(isinstance(value, Ref) for part, value in attrs.items() if part != "offsets"):
             return node  # a weight or a setting that the graph computes: only the canonical op takes it
-        if "offsets" in attrs and "low" in names:
-            attrs["experts"] = self.experts.get(names["low"])
+        if "offsets" in attrs and names:
+            attrs["experts"] = self.experts.get(next(iter(names.values())))
         tensors = {part: self._read(name) for part, name in names.items()}
         provider = select_provider(
             node.op.split(".")[1], attrs, tensors, self.device, self.artifact.dtype, lean=self.lean

@@ -9,6 +9,7 @@ from qcompiler.kernels.formats.base import (
     Format,
     GroupedFormat,
     TensorSpec,
+    expert_tensor_specs,
     get_format,
     register_format,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Lut4Format",
     "Lut4Spec",
     "TensorSpec",
+    "expert_tensor_specs",
     "get_format",
     "register_format",
 ]

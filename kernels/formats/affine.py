@@ -293,6 +293,12 @@ class AffineFormat:
         )
         return torch.ops.qcompiler.linear_affine.default, arguments
 
+    def grouped_tensor_specs(
+        self, spec: AffineSpec, experts: int, out_features: int, in_features: int
+    ) -> dict[str, TensorSpec]:
+        """See `GroupedFormat`."""
+        return self.tensor_specs(spec, experts * out_features, in_features)
+
     def grouped_op_call(
         self, spec: AffineSpec, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
     ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:

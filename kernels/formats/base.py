@@ -81,8 +81,18 @@ class GroupedFormat(Protocol[SpecIn]):
     """A format with an op for expert weights.
 
     Weights [experts, out_features, in_features] are stored as the one weight
-    [experts·out_features, in_features], expert after expert.
+    [experts·out_features, in_features], expert after expert, as `concat` lays them side by side.
     """
+
+    def grouped_tensor_specs(
+        self, spec: SpecIn, experts: int, out_features: int, in_features: int
+    ) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes of the stored tensors of all experts; `out_features` are those of one.
+
+        Raises:
+            InvalidInputError: The op for experts does not take these settings.
+        """
+        ...
 
     def grouped_op_call(
         self, spec: SpecIn, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
@@ -100,6 +110,23 @@ class EmbeddingFormat(Protocol[SpecIn]):
     ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
         """The op and its arguments for `embedding(weight, ids)` with a result of `dtype`."""
         ...
+
+
+def expert_tensor_specs(
+    format_: Format[Any], spec: Any, experts: int, out_features: int, in_features: int
+) -> dict[str, TensorSpec]:
+    """Stored tensors of a weight whose `out_features` rows are divided among experts, or of a plain one.
+
+    Raises:
+        InvalidInputError: The rows cannot be divided, or the format has no op for experts.
+    """
+    if experts == 1:
+        return format_.tensor_specs(spec, out_features, in_features)
+    if not isinstance(format_, GroupedFormat):
+        raise InvalidInputError(f"Format {format_.name!r} has no op for expert weights.")
+    if experts < 1 or out_features % experts:
+        raise InvalidInputError(f"{out_features} rows cannot be divided among {experts} experts.")
+    return format_.grouped_tensor_specs(spec, experts, out_features // experts, in_features)
 
 
 _FORMATS: dict[str, Format[Any]] = {}

@@ -35,11 +35,13 @@ class StoredWeight:
         spec: The format's settings; `spec.name` is the format.
         tensors: The format's parts by name, as the call holds them.
         in_features: Columns.
+        experts: Parts of equal size that the rows are divided among, as far as the tensors tell.
     """
 
     spec: Any
     tensors: dict[str, Any]
     in_features: int
+    experts: int = 1
 
 
 def stored_weight(op: str, call: Call, describe: Describe) -> StoredWeight | None:
@@ -62,8 +64,10 @@ def stored_weight(op: str, call: Call, describe: Describe) -> StoredWeight | Non
     absent = [name for name in names if name not in tensors and name not in optional]
     if absent:
         raise InvalidInputError(f"{op} has no {absent[0]!r}")
-    spec, in_features = read(call, {name: describe(value) for name, value in tensors.items()})
-    return StoredWeight(spec, tensors, in_features)
+    parts = {name: describe(value) for name, value in tensors.items()}
+    spec, in_features = read(call, parts)
+    own = parts.get("part_rows") if op in GROUPED_LINEARS else None
+    return StoredWeight(spec, tensors, in_features, own.shape[0] if own is not None and own.shape else 1)
 
 
 def is_linear_op(op: str | None) -> bool:
@@ -114,12 +118,15 @@ def _integer(call: Call, name: str) -> int:
 
 
 _AFFINE_PARTS = ("low", "high", "scales", "zeros")
+_LUT4_PARTS = ("codes", "absmax", "nested_absmax", "nested_offset", "part_rows")
 _OPTIONAL = frozenset({"high", "nested_absmax", "nested_offset", "part_rows"})
 _READERS: dict[str, _Reader] = {
     "linear_affine": (_AFFINE_PARTS, _affine("in_features")),
     "grouped_linear_affine": (_AFFINE_PARTS, _affine("in_features")),
+    "grouped_linear_lut4": (_LUT4_PARTS, _lut4),
+    "grouped_linear_int8": (("codes", "scales"), _int8),
     "embedding_affine": (_AFFINE_PARTS, _affine("embedding_dim")),
-    "linear_lut4": (("codes", "absmax", "nested_absmax", "nested_offset", "part_rows"), _lut4),
+    "linear_lut4": (_LUT4_PARTS, _lut4),
     "linear_int8": (("codes", "scales"), _int8),
     "linear_llm_int8": (("codes", "scales"), _int8),
     "linear_additive": (("codes", "codebooks", "scales", "rows"), _additive),
@@ -129,3 +136,6 @@ _READERS: dict[str, _Reader] = {
 QUANTIZED_LINEARS = frozenset(
     {"linear_affine", "linear_lut4", "linear_int8", "linear_llm_int8", "linear_additive"}
 )
+
+# Ops that stand for `grouped_linear(x, weight, offsets, bias)` over a quantized weight.
+GROUPED_LINEARS = frozenset({"grouped_linear_affine", "grouped_linear_lut4", "grouped_linear_int8"})

@@ -169,6 +169,36 @@ class Int8ChannelFormat:
             return torch.ops.qcompiler.linear_int8.default, (x, codes, scales, bias)
         return torch.ops.qcompiler.linear_llm_int8.default, (x, codes, scales, bias, spec.outlier_threshold)
 
+    def grouped_tensor_specs(
+        self, spec: Int8ChannelSpec, experts: int, out_features: int, in_features: int
+    ) -> dict[str, TensorSpec]:
+        """See `GroupedFormat`; experts are weight-only.
+
+        Raises:
+            InvalidInputError: An outlier threshold: no op quantizes the activations of experts.
+        """
+        if spec.outlier_threshold is not None:
+            raise InvalidInputError(
+                "LLM.int8() has no op for expert weights.", hint="Choose eetq for 8 bits, or bnb's 4 bits."
+            )
+        return self.tensor_specs(spec, experts * out_features, in_features)
+
+    def grouped_op_call(
+        self,
+        spec: Int8ChannelSpec,
+        x: Any,
+        tensors: Mapping[str, Any],
+        offsets: Any,
+        bias: Any,
+        in_features: int,
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """`qcompiler::grouped_linear_int8` and its arguments; see `GroupedFormat`."""
+        import qcompiler.kernels.ops.grouped_linear_int8  # noqa: F401  (registers the op)
+
+        return torch.ops.qcompiler.grouped_linear_int8.default, (
+            x, tensors["codes"], tensors["scales"], offsets, bias,
+        )  # fmt: skip
+
     def _check(self, spec: Int8ChannelSpec, tensors: Mapping[str, torch.Tensor], in_features: int) -> None:
         codes = tensors.get("codes")
         rows = codes.shape[0] if codes is not None and codes.dim() == 2 else 1

@@ -293,6 +293,27 @@ class Lut4Format:
         )
         return torch.ops.qcompiler.linear_lut4.default, arguments
 
+    def grouped_tensor_specs(
+        self, spec: Lut4Spec, experts: int, out_features: int, in_features: int
+    ) -> dict[str, TensorSpec]:
+        """See `GroupedFormat`; every expert is a part with its own blocks."""
+        one = self.tensor_specs(spec, out_features, in_features)
+        return {
+            name: TensorSpec((experts * tensor.shape[0], *tensor.shape[1:]), tensor.dtype)
+            for name, tensor in one.items()
+        }
+
+    def grouped_op_call(
+        self, spec: Lut4Spec, x: Any, tensors: Mapping[str, Any], offsets: Any, bias: Any, in_features: int
+    ) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+        """`qcompiler::grouped_linear_lut4` and its arguments; see `GroupedFormat`."""
+        import qcompiler.kernels.ops.grouped_linear_lut4  # noqa: F401  (registers the op)
+
+        parts = ("codes", "absmax", "nested_absmax", "nested_offset", "part_rows")
+        settings = (spec.quant_type, spec.block_size, in_features)
+        arguments = (x, *map(tensors.get, parts), offsets, bias, *settings)
+        return torch.ops.qcompiler.grouped_linear_lut4.default, arguments
+
     def _check(self, spec: Lut4Spec, tensors: Mapping[str, torch.Tensor], in_features: int) -> None:
         codes = tensors.get("codes")
         if codes is None or codes.dim() != 2:

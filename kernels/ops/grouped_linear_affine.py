@@ -15,6 +15,7 @@ import torch
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import dequantize_affine
 from qcompiler.kernels.library import register_op
+from qcompiler.kernels.ops.grouped_linear import by_expert, outputs_per_expert
 from qcompiler.kernels.ops.linear_affine import check_affine_tensors
 
 SCHEMA = (
@@ -46,15 +47,7 @@ def check_grouped_linear_affine(
     check_affine_tensors(op, low, high, scales, bits, group_size, in_features)
     if zeros.shape != scales.shape:
         raise InvalidInputError(f"{op}: zeros are {list(zeros.shape)}, scales {list(scales.shape)}.")
-    experts = offsets.shape[0] if offsets.dim() == 1 else 0
-    if not experts or low.shape[0] % experts:
-        raise InvalidInputError(
-            f"{op}: offsets {list(offsets.shape)} do not divide {low.shape[0]} stored rows among experts."
-        )
-    outputs = low.shape[0] // experts
-    if bias is not None and tuple(bias.shape) != (experts, outputs):
-        raise InvalidInputError(f"{op}: bias is {list(bias.shape)}, not {[experts, outputs]}.")
-    return outputs
+    return outputs_per_expert(op, x, low.shape[0], offsets, bias)
 
 
 def grouped_linear_affine_reference(
@@ -89,21 +82,15 @@ def grouped_linear_affine_reference(
     outputs = check_grouped_linear_affine(
         x, low, high, scales, zeros, offsets, bias, bits, group_size, in_features
     )
-    y = x.new_zeros(x.shape[0], outputs)
-    first = 0
-    for expert, last in enumerate(offsets.tolist()):
-        if last > first:
-            own = slice(expert * outputs, (expert + 1) * outputs)
-            weight = dequantize_affine(
-                low[own], None if high is None else high[own], scales[:, own], zeros[:, own],
-                bits, group_size, in_features,
-            )  # fmt: skip
-            part = torch.nn.functional.linear(
-                x[first:last].float(), weight, None if bias is None else bias[expert].float()
-            )
-            y[first:last] = part.to(x.dtype)
-        first = last
-    return y
+
+    def weight(expert: int) -> torch.Tensor:
+        own = slice(expert * outputs, (expert + 1) * outputs)
+        return dequantize_affine(
+            low[own], None if high is None else high[own], scales[:, own], zeros[:, own],
+            bits, group_size, in_features,
+        )  # fmt: skip
+
+    return by_expert(x, weight, outputs, offsets, bias)
 
 
 def grouped_linear_affine_fake(

@@ -24,6 +24,7 @@ def check_linear_lut4(
     quant_type: str,
     block_size: int,
     in_features: int,
+    op: str = "linear_lut4",
 ) -> None:
     """Refuse arguments that do not fit together; shapes and dtypes only, so it never waits for a device.
 
@@ -31,26 +32,22 @@ def check_linear_lut4(
         InvalidInputError: Names the argument.
     """
     if quant_type not in QUANT_TYPES or block_size not in BLOCK_SIZES:
-        raise InvalidInputError(f"linear_lut4: no table {quant_type!r} with blocks of {block_size}.")
+        raise InvalidInputError(f"{op}: no table {quant_type!r} with blocks of {block_size}.")
     if x.shape[-1] != in_features:
-        raise InvalidInputError(f"linear_lut4: x has {x.shape[-1]} features, the weight takes {in_features}.")
+        raise InvalidInputError(f"{op}: x has {x.shape[-1]} features, the weight takes {in_features}.")
     if codes.dim() != 2 or 2 * codes.shape[1] != in_features:
-        raise InvalidInputError(f"linear_lut4: codes are {list(codes.shape)}; in_features is {in_features}.")
+        raise InvalidInputError(f"{op}: codes are {list(codes.shape)}; in_features is {in_features}.")
     double = absmax.dtype == torch.uint8
     if (nested_absmax is not None, nested_offset is not None) != (double, double):
-        raise InvalidInputError(
-            "linear_lut4: uint8 absmax needs nested_absmax and nested_offset, float32 none."
-        )
+        raise InvalidInputError(f"{op}: uint8 absmax needs nested_absmax and nested_offset, float32 none.")
     crossing = in_features % block_size != 0
     if part_rows is None and (double or crossing):
-        raise InvalidInputError("linear_lut4: part_rows is missing.")
+        raise InvalidInputError(f"{op}: part_rows is missing.")
     parts = 1 if part_rows is None else part_rows.shape[0]
     if nested_offset is not None and tuple(nested_offset.shape) != (parts,):
-        raise InvalidInputError(
-            f"linear_lut4: {parts} parts, but nested_offset is {list(nested_offset.shape)}."
-        )
+        raise InvalidInputError(f"{op}: {parts} parts, but nested_offset is {list(nested_offset.shape)}.")
     if not crossing and tuple(absmax.shape) != (codes.shape[0], in_features // block_size):
-        raise InvalidInputError(f"linear_lut4: absmax is {list(absmax.shape)}.")
+        raise InvalidInputError(f"{op}: absmax is {list(absmax.shape)}.")
 
 
 def linear_lut4_reference(

@@ -1,7 +1,6 @@
 """One linear per expert over rows sorted by expert, all experts in one launch.
 
-A program owns a tile of rows of one expert and finds which from `offsets` on
-the device, so the grid depends on shapes only and no count reaches the host.
+A program owns a tile of rows of one expert (`expert_rows.py`) and a tile of its outputs.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.ops.grouped_linear import check_shapes
+from qcompiler.kernels.triton.expert_rows import experts_power_of_2, rows_of_program
 from qcompiler.kernels.triton.launch import next_power_of_2, on_device
 
 
@@ -39,20 +39,13 @@ def grouped_linear_kernel(
     PRECISION: tl.constexpr,
 ):
     """Grid: (rows // BLOCK_M + EXPERTS + 1, outputs / BLOCK_N). out [rows, outputs] is contiguous."""
-    block = tl.program_id(0)
-    # Expert e owns the blocks from start[e] // BLOCK_M + e on, always enough of them; the rows after the last
-    # expert belong to one more without weights, whose tiles write the zeros.
-    index = tl.arange(0, EXPERTS_P2)
-    starts = tl.load(offsets_ptr + index - 1, mask=(index > 0) & (index <= EXPERTS), other=0)
-    owned = (index <= EXPERTS) & (starts // BLOCK_M + index <= block)
-    expert = tl.sum(owned.to(tl.int32), 0) - 1
-    first = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-    is_expert = expert < EXPERTS
-    last = tl.load(offsets_ptr + expert, mask=is_expert, other=0)
-    last = tl.where(is_expert, last, rows)
-    row = first + (block - first // BLOCK_M - expert) * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.min(row, 0) >= last:
+    expert, start_row, last = rows_of_program(
+        offsets_ptr, rows, tl.program_id(0), EXPERTS, EXPERTS_P2, BLOCK_M
+    )
+    if start_row >= last:
         return
+    is_expert = expert < EXPERTS
+    row = start_row + tl.arange(0, BLOCK_M)
 
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -114,7 +107,7 @@ def grouped_linear(
         grouped_linear_kernel[(rows // block_m + experts + 1, -(-outputs // block_n))](
             x, weight, offsets, bias, out, rows, inputs, outputs,
             x.stride(0), stride_expert, stride_out, stride_in, 0 if bias is None else bias.stride(0),
-            EXPERTS=experts, EXPERTS_P2=next_power_of_2(experts + 1),
+            EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts),
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=inputs % block_k == 0,
             BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=warps, num_stages=stages,

@@ -1,10 +1,9 @@
 """Affine linears of all experts in one launch: rows sorted by expert, weights dequantized in registers.
 
-A program owns a tile of one expert's rows, found from `offsets` on the device as
-in `grouped_linear.py`, and a tile of its output channels. The product stands as
-in `linear_affine_gemm.py`: yᵀ [BN, BM] = W [BN, K] · xᵀ [K, BM], so that the
-dequantized operand is the one that wgmma takes from registers. The grid follows
-from shapes alone: nothing waits for the device.
+A program owns a tile of one expert's rows (`expert_rows.py`) and a tile of its
+output channels. The product stands as in `linear_affine_gemm.py`:
+yᵀ [BN, BM] = W [BN, K] · xᵀ [K, BM], so that the dequantized operand is the one
+that wgmma takes from registers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.ops.grouped_linear_affine import check_grouped_linear_affine
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.expert_rows import expert_tile, experts_power_of_2, rows_of_program, store_tile
+from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, spread_high
 
 _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
@@ -63,21 +63,8 @@ def grouped_linear_affine_kernel(
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
     ONE_BLOCK: tl.constexpr = WIDTH == LANES
 
-    block = tl.program_id(0)
-    # Expert e owns the blocks from start[e] // BM + e on, always enough of them; the rows after the last
-    # expert belong to one more without weights, whose tiles write the zeros. Offsets are computed by the
-    # graph, so they are held inside x whatever they are.
-    index = tl.arange(0, EXPERTS_P2)
-    starts = tl.load(offsets + index - 1, mask=(index > 0) & (index <= EXPERTS), other=0)
-    starts = tl.minimum(tl.maximum(starts, 0), rows)
-    owned = (index <= EXPERTS) & (starts // BM + index <= block)
-    expert = tl.sum(owned.to(tl.int32), 0) - 1
+    expert, start_row, last = rows_of_program(offsets, rows, tl.program_id(0), EXPERTS, EXPERTS_P2, BM)
     is_expert = expert < EXPERTS
-    first = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    first = tl.minimum(tl.maximum(first, 0), rows)
-    last = tl.load(offsets + expert, mask=is_expert, other=0)
-    last = tl.where(is_expert, tl.minimum(last, rows), rows)
-    start_row = first + (block - first // BM - expert) * BM
     if start_row >= last:
         return
 
@@ -131,24 +118,10 @@ def grouped_linear_affine_kernel(
             weight = dequantize_plane(word, upper, scale, offset, j, BITS, HALF, COMPILED)
             acc = tl.dot(weight, xt, acc, input_precision="ieee")
 
-    if HAS_BIAS:
-        added = tl.load(bias + held * N + rn, mask=(rn < N) & is_expert, other=0.0)
-        acc += added.to(tl.float32)[:, None]
-    at = rm.to(tl.int64)[None, :] * N + rn[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < last))
+    store_tile(out, acc, bias, held, rn, rm, last, is_expert, N, HAS_BIAS)
 
 
 COMPILED = not isinstance(grouped_linear_affine_kernel, InterpretedFunction)
-
-
-def tile(rows: int, experts: int, itemsize: int) -> tuple[int, int, int, int]:
-    """(BN, BM, warps, stages) for `rows` spread evenly over `experts`."""
-    block_m = min(max(next_power_of_2(-(-rows // experts)), 16), 128)
-    if itemsize == 4:
-        return 32, min(block_m, 32), 4, 2
-    if block_m == 128:
-        return 128, 128, 8, 2
-    return 64, block_m, 4, 3
 
 
 def grouped_linear_affine_triton(
@@ -174,14 +147,14 @@ def grouped_linear_affine_triton(
     x = x if x.stride(1) == 1 else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     width = block_width(bits, group_size, in_features)
-    block_n, block_m, warps, stages = tile(rows, experts, x.element_size())
+    block_n, block_m, warps, stages = expert_tile(rows, experts, x.element_size())
     exact = x.dtype == torch.float32
     with on_device(x):
         grouped_linear_affine_kernel[(rows // block_m + experts + 1, triton.cdiv(outputs, block_n))](
             x, low, high if high is not None else low, scales, zeros, offsets,
             bias if bias is not None else scales, out,
             rows, outputs, in_features, num_groups(group_size, in_features), low.shape[1], x.stride(0),
-            EXPERTS=experts, EXPERTS_P2=next_power_of_2(experts + 1),
+            EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts),
             BITS=bits, GROUP=group_size, WIDTH=width, BN=block_n, BM=block_m,
             EVEN_K=in_features % (_PLANES[bits] * max(width, 16)) == 0, HAS_BIAS=bias is not None,
             # float32 weights are read through fp16 bit patterns, which hold a code of 8 bits exactly

@@ -112,6 +112,66 @@ def linear_int8_gemv(
 
 
 @triton.jit
+def int8_tiles(
+    x,
+    x_rows,
+    in_rows,
+    units,
+    unit_rows,
+    first,
+    last,
+    K,
+    PER: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    UNITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HALF: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """float32 yᵀ [BN, BM] = codes · xᵀ over the tiles of units from `first` to `last`; no scales yet.
+
+    `x_rows`, `in_rows` [1, BM] are offsets of rows of x and which of them count; `unit_rows` [BN, 1] those
+    of the weight's rows. With words (PER 4) codes 2j and 2j+1 of every word meet the same columns of x in
+    one dot. DECODE is one of the two PTX blocks above, or "" (in the interpreter, for single codes, for
+    float32 x).
+    """
+    per_row = K // PER
+    column = tl.arange(0, UNITS)
+    PAIR: tl.constexpr = 2 if PER == 4 else 1
+    lane = tl.arange(0, PAIR * UNITS)
+    position = lane // PAIR * PER + lane % PAIR
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for tile in range(first, last):
+        unit = tile * UNITS + column
+        if not EVEN_K:
+            unit = tl.minimum(unit, per_row - 1)
+        codes = tl.load(units + unit_rows + unit[None, :])
+        if DECODE != "":
+            pairs = tl.inline_asm_elementwise(
+                DECODE, "=r,=r,r", [codes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+            )
+        for j in tl.static_range(PER // PAIR):
+            k = tile * UNITS * PER + PAIR * j + position
+            x_mask = in_rows
+            if not EVEN_K:
+                x_mask = x_mask & (k[:, None] < K)
+            xt = tl.load(x + x_rows + k[:, None], mask=x_mask, other=0.0)
+            if DECODE != "":
+                even = (pairs[j] & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
+                odd = (pairs[j] >> 16).to(tl.int16).to(HALF, bitcast=True)
+                acc = tl.dot(tl.reshape(tl.join(even, odd), (BN, 2 * UNITS)), xt, acc)
+            elif PER == 4:
+                even = _byte_value(codes ^ -2139062144, 2 * j, False)
+                odd = _byte_value(codes ^ -2139062144, 2 * j + 1, False)
+                weight = tl.reshape(tl.join(even, odd), (BN, 2 * UNITS))
+                acc = tl.dot(weight, xt.to(tl.float32), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(codes.to(tl.float32), xt.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def linear_int8_gemm(
     x,
     units,
@@ -133,11 +193,9 @@ def linear_int8_gemm(
     HALF: tl.constexpr,
     DECODE: tl.constexpr,
 ):
-    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM] = codes · xᵀ, then the scales.
+    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM] = codes · xᵀ (`int8_tiles`), then the scales.
 
     x [M, K] in HALF, rows x_stride apart; out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
-    With words (PER 4) codes 2j and 2j+1 of every word meet the same columns of x in one dot. DECODE is
-    one of the two PTX blocks above, or "" (in the interpreter, and for single codes).
     """
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -146,43 +204,14 @@ def linear_int8_gemm(
     pid_m = (pid % tiles_m).to(tl.int64)
     rm = (pid % tiles_m) * BM + tl.arange(0, BM)
     row = tl.minimum(rn, N - 1)
-    per_row = K // PER
-    unit_rows = row.to(tl.int64)[:, None] * per_row
-    column = tl.arange(0, UNITS)
-    PAIR: tl.constexpr = 2 if PER == 4 else 1
-    lane = tl.arange(0, PAIR * UNITS)
-    position = lane // PAIR * PER + lane % PAIR
+    unit_rows = row.to(tl.int64)[:, None] * (K // PER)
     x += pid_m * BM * x_stride
     x_rows = tl.arange(0, BM)[None, :] * x_stride
     first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for tile in range(first, last):
-        unit = tile * UNITS + column
-        if not EVEN_K:
-            unit = tl.minimum(unit, per_row - 1)
-        codes = tl.load(units + unit_rows + unit[None, :])
-        if DECODE != "":
-            pairs = tl.inline_asm_elementwise(
-                DECODE, "=r,=r,r", [codes], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-            )
-        for j in tl.static_range(PER // PAIR):
-            k = tile * UNITS * PER + PAIR * j + position
-            x_mask = rm[None, :] < M
-            if not EVEN_K:
-                x_mask = x_mask & (k[:, None] < K)
-            xt = tl.load(x + x_rows + k[:, None], mask=x_mask, other=0.0)
-            if DECODE != "":
-                even = (pairs[j] & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
-                odd = (pairs[j] >> 16).to(tl.int16).to(HALF, bitcast=True)
-                acc = tl.dot(tl.reshape(tl.join(even, odd), (BN, 2 * UNITS)), xt, acc)
-            elif PER == 4:
-                even = _byte_value(codes ^ -2139062144, 2 * j, False)
-                odd = _byte_value(codes ^ -2139062144, 2 * j + 1, False)
-                weight = tl.reshape(tl.join(even, odd), (BN, 2 * UNITS))
-                acc = tl.dot(weight, xt.to(tl.float32), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(codes.to(tl.float32), xt.to(tl.float32), acc, input_precision="ieee")
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(K // PER, UNITS))
+    acc = int8_tiles(
+        x, x_rows, rm[None, :] < M, units, unit_rows, first, last, K, PER, BN, BM, UNITS, EVEN_K, HALF, DECODE
+    )
     acc *= tl.load(scales + row).to(tl.float32)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + row).to(tl.float32)[:, None]

@@ -64,7 +64,7 @@ def linear_lut4_triton(
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
         return y.view(*x.shape[:-1], out_features)
 
-    units, arguments, constants = _weight_arguments(codes, *statistics, quant_type, block_size, in_features)
+    units, arguments, constants = weight_arguments(codes, *statistics, quant_type, block_size, in_features)
     per = constants["PER"]
     gemv = config.kind == "gemv"
     tile = 64 if gemv else 16
@@ -128,7 +128,7 @@ def dequantize_lut4_triton(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The dense weight [out_features, in_features] in `dtype`; equals the format's `dequantize`."""
-    units, arguments, constants = _weight_arguments(
+    units, arguments, constants = weight_arguments(
         codes, absmax, nested_absmax, nested_offset, part_rows, quant_type, block_size, in_features
     )
     weight = torch.empty((codes.shape[0], in_features), dtype=dtype, device=codes.device)
@@ -139,7 +139,7 @@ def dequantize_lut4_triton(
     return weight
 
 
-def _weight_arguments(
+def weight_arguments(
     codes: torch.Tensor,
     absmax: torch.Tensor,
     nested_absmax: torch.Tensor | None,

@@ -103,6 +103,76 @@ def linear_lut4_gemv(
 
 
 @triton.jit
+def lut4_tiles(
+    x,
+    x_rows,
+    in_rows,
+    units,
+    unit_rows,
+    values,
+    absmax,
+    nested_absmax,
+    steps,
+    local,
+    first_block,
+    first_nested,
+    offset,
+    first,
+    last,
+    K,
+    PER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CROSS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    UNITS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HALF: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """float32 yᵀ [BN, BM] = W · xᵀ over the tiles of units from `first` to `last`.
+
+    `x_rows`, `in_rows` [1, BM] are offsets of rows of x and which of them count; `unit_rows` [BN, 1] those
+    of the weight's rows; `local` to `offset` [BN] as `part_of_rows` gives them. A tile of UNITS units is
+    PER/2 small dots: codes 2j and 2j+1 of every unit meet the same columns of x. DECODE is the PTX of
+    `decode_asm`, or "" (in the interpreter, for bytes, for float32 x): values come from the table.
+    """
+    per_row = K // PER
+    column = tl.arange(0, UNITS)
+    lane = tl.arange(0, 2 * UNITS)
+    position = lane // 2 * PER + lane % 2
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for tile in range(first, last):
+        unit = tile * UNITS + column
+        if not EVEN_K:
+            unit = tl.minimum(unit, per_row - 1)
+        codes = tl.load(units + unit_rows + unit[None, :]).to(tl.int32)
+        scale = unit_scales(
+            absmax, nested_absmax, steps, local, first_block, first_nested, offset, unit, tile * UNITS, K,
+            BN, UNITS, PER, BLOCK, CROSS, DOUBLE,
+        )  # fmt: skip
+        if DECODE != "":
+            pairs = tl.inline_asm_elementwise(
+                DECODE, "=r,=r,=r,=r,r", [codes],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+        for j in tl.static_range(PER // 2):
+            k = tile * UNITS * PER + 2 * j + position
+            x_mask = in_rows
+            if not EVEN_K:
+                x_mask = x_mask & (k[:, None] < K)
+            xt = tl.load(x + x_rows + k[:, None], mask=x_mask, other=0.0)
+            if DECODE != "":
+                acc = tl.dot(scaled_pair(pairs[j], scale, HALF), xt, acc)
+            else:
+                even = code_value(values, codes, 2 * j) * scale
+                odd = code_value(values, codes, 2 * j + 1) * scale
+                acc = tl.dot(interleave(even, odd), xt.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
 def linear_lut4_gemm(
     x,
     units,
@@ -133,11 +203,9 @@ def linear_lut4_gemm(
     HALF: tl.constexpr,
     DECODE: tl.constexpr,
 ):
-    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM] = W · xᵀ.
+    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM] = W · xᵀ, see `lut4_tiles`.
 
     x [M, K] in HALF, rows x_stride apart; out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N].
-    A tile of UNITS units is PER/2 small dots: codes 2j and 2j+1 of every unit meet the same columns of x.
-    DECODE is the PTX of `decode_asm`, or "" (in the interpreter, and for bytes): values come from the table.
     """
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -149,42 +217,16 @@ def linear_lut4_gemm(
     local, first_block, first_nested, offset = part_of_rows(
         row, part_rows, nested_offset, K, BLOCK, PARTS, DOUBLE
     )
-    per_row = K // PER
-    unit_rows = row.to(tl.int64)[:, None] * per_row
-    column = tl.arange(0, UNITS)
-    lane = tl.arange(0, 2 * UNITS)
-    position = lane // 2 * PER + lane % 2
+    unit_rows = row.to(tl.int64)[:, None] * (K // PER)
     x += pid_m * BM * x_stride
     x_rows = tl.arange(0, BM)[None, :] * x_stride
     first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(per_row, UNITS))
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for tile in range(first, last):
-        unit = tile * UNITS + column
-        if not EVEN_K:
-            unit = tl.minimum(unit, per_row - 1)
-        codes = tl.load(units + unit_rows + unit[None, :]).to(tl.int32)
-        scale = unit_scales(
-            absmax, nested_absmax, steps, local, first_block, first_nested, offset, unit, tile * UNITS, K,
-            BN, UNITS, PER, BLOCK, CROSS, DOUBLE,
-        )  # fmt: skip
-        if DECODE != "":
-            pairs = tl.inline_asm_elementwise(
-                DECODE, "=r,=r,=r,=r,r", [codes],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
-        for j in tl.static_range(PER // 2):
-            k = tile * UNITS * PER + 2 * j + position
-            x_mask = rm[None, :] < M
-            if not EVEN_K:
-                x_mask = x_mask & (k[:, None] < K)
-            xt = tl.load(x + x_rows + k[:, None], mask=x_mask, other=0.0)
-            if DECODE != "":
-                acc = tl.dot(scaled_pair(pairs[j], scale, HALF), xt, acc)
-            else:
-                even = code_value(values, codes, 2 * j) * scale
-                odd = code_value(values, codes, 2 * j + 1) * scale
-                acc = tl.dot(interleave(even, odd), xt.to(tl.float32), acc, input_precision="ieee")
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(K // PER, UNITS))
+    acc = lut4_tiles(
+        x, x_rows, rm[None, :] < M, units, unit_rows, values, absmax, nested_absmax, steps,
+        local, first_block, first_nested, offset, first, last, K,
+        PER, BLOCK, CROSS, DOUBLE, BN, BM, UNITS, EVEN_K, HALF, DECODE,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + row).to(tl.float32)[:, None]
     out += (split.to(tl.int64) * M + pid_m * BM) * N

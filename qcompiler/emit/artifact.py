@@ -281,13 +281,16 @@ def _libraries(op: str) -> list[str]:
 
 def expert_counts(graph: fx.GraphModule) -> dict[str, int]:
     """How many experts the rows of a stored weight are divided among, by the name of its first tensor."""
-    grouped = torch.ops.qcompiler.grouped_linear_affine.default
-    names = [argument.name for argument in grouped._schema.arguments]
-    low, offsets = names.index("low"), names.index("offsets")
+    from qcompiler.kernels.formats.calls import GROUPED_LINEARS
+
+    grouped = {getattr(torch.ops.qcompiler, name).default for name in GROUPED_LINEARS}
     counts = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is grouped:
-            counts[str(node.args[low].target)] = int(node.args[offsets].meta["val"].shape[0])
+        if node.op == "call_function" and node.target in grouped:
+            # The activations come first, then the first of the stored tensors.
+            names = [argument.name for argument in node.target._schema.arguments]
+            offsets = node.args[names.index("offsets")]
+            counts[str(node.args[1].target)] = int(offsets.meta["val"].shape[0])
     return counts
 
 
@@ -302,7 +305,7 @@ def quantized_layers(
         experts: See `expert_counts`.
     """
     from qcompiler.kernels.formats.base import TensorSpec
-    from qcompiler.kernels.formats.calls import stored_weight
+    from qcompiler.kernels.formats.calls import GROUPED_LINEARS, stored_weight
     from qcompiler.kernels.library import registered_ops
 
     def describe(argument: Any) -> TensorSpec:
@@ -330,7 +333,7 @@ def quantized_layers(
             "in_features": weight.in_features,
             "tensors": stored,
         }
-        if op == "grouped_linear_affine":
+        if op in GROUPED_LINEARS:
             layers[name]["experts"] = (experts or {})[first]
     return list(layers.values())
 

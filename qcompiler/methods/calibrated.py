@@ -6,11 +6,15 @@ A linear that lies in no block, such as the output head, is given to `quantize` 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qcompiler.methods.base import Method
 
 if TYPE_CHECKING:
+    import torch
+
+    from qcompiler.calibration.blocks import Block
     from qcompiler.calibration.task import BlockResult, BlockTask
 
 
@@ -26,3 +30,27 @@ class CalibratedMethod(Method):
         Args:
             task: The block, its calibration inputs, and the method's validated options.
         """
+
+    def block_seconds(
+        self,
+        block: Block,
+        specs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        windows: int,
+        context: int,
+        device: torch.device,
+    ) -> dict[str, float]:
+        """How long `quantize_block` would take, by phase; measures its rates on samples on the device.
+
+        Args:
+            block: The block, shapes only.
+            specs: Linear name → spec.
+            options: The method's options, validated.
+            windows: Calibration windows.
+            context: Tokens of a window.
+            device: Where it would run.
+
+        Returns:
+            Phase → seconds; empty where the method cannot tell.
+        """
+        return {}

@@ -19,6 +19,7 @@ from qcompiler.runtime.manifest import checksum
 
 # fp32 on both sides; what differs is the order of additions.
 TIE = 1e-4
+NF4 = ("--method", "bnb", "--bits", "4", "--group-size", "64")
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(20, 43))]
 
 
@@ -81,7 +82,26 @@ def dequantized(folder, artifact):
     [
         ("mixtral", ("--method", "rtn", "--bits", "4")),
         ("mixtral", ("--method", "hqq", "--bits", "3")),
+        ("mixtral", NF4),
+        ("mixtral", ("--method", "eetq", "--bits", "8", "--group-size", "0")),
         ("qwen3_moe", ("--method", "rtn", "--bits", "8")),
+        ("qwen3_moe", ("--method", "hqq", "--bits", "4")),
+        (
+            "qwen3_moe",
+            (
+                "--method",
+                "bnb",
+                "--bits",
+                "4",
+                "--quant-type",
+                "fp4",
+                "--no-double-quant",
+                "--group-size",
+                "32",
+            ),
+        ),
+        ("qwen3_moe", ("--method", "eetq", "--bits", "8", "--group-size", "0")),
+        ("gpt_oss", ("--method", "bnb", "--bits", "4", "--group-size", "64", "--skip", "self_attn.*")),
         (
             "gpt_oss",
             ("--method", "rtn", "--bits", "6", "--skip", "self_attn.*"),
@@ -174,9 +194,9 @@ def test_experts_are_quantized_one_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_method_without_a_grouped_op_leaves_experts_and_says_so(compiled, capsys):
-    _, artifact, report = compiled("mixtral", capsys, "--method", "eetq", "--bits", "8", "--group-size", "0")
+    _, artifact, report = compiled("mixtral", capsys, "--method", "bnb", "--bits", "8", "--group-size", "0")
     reasons = {item["name"]: item["reason"] for item in report["linears_skipped"]}
-    assert "no op for expert weights" in reasons["model.layers.0.mlp.experts.down_proj"]
+    assert reasons["model.layers.0.mlp.experts.down_proj"] == "LLM.int8() has no op for expert weights."
     assert qcompiler.load(artifact, device="cpu").logits([1, 2, 3]).isfinite().all()
 
 
@@ -203,16 +223,31 @@ def test_a_senseless_number_of_experts_is_refused(experts, compiled, capsys, tmp
         open_artifact(reseal(artifact, change, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize(("argument", "value"), [(7, 8), (8, 64), (9, 128)])
+@pytest.mark.parametrize("experts", [2, 8])
+def test_lut4_experts_of_another_number_than_stored_are_refused(experts, compiled, capsys, tmp_path):
+    _, artifact, _ = compiled("mixtral", capsys, *NF4)
+
+    def change(layers):
+        next(layer for layer in layers if "experts" in layer)["experts"] = experts
+
+    with pytest.raises(ArtifactError, match="nested_"):
+        open_artifact(reseal(artifact, change, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "value"),
+    [("affine", 7, 8), ("affine", 8, 64), ("affine", 9, 128), ("lut4", 9, 128), ("lut4", 10, 128)],
+)
 def test_a_grouped_node_whose_settings_do_not_fit_its_tensors_is_refused(
-    argument, value, compiled, capsys, tmp_path
+    method, argument, value, compiled, capsys, tmp_path
 ):
     import hashlib
 
-    _, artifact, _ = compiled("mixtral", capsys, "--method", "rtn", "--bits", "4")
+    flags = {"affine": ("--method", "rtn", "--bits", "4"), "lut4": NF4}[method]
+    _, artifact, _ = compiled("mixtral", capsys, *flags)
     copy = reseal(artifact, lambda layers: None, tmp_path / "copy")
     graph = json.loads((copy / "graph.json").read_text())
-    node = next(n for n in graph["nodes"] if n["op"] == "qcompiler.grouped_linear_affine.default")
+    node = next(n for n in graph["nodes"] if n["op"] == f"qcompiler.grouped_linear_{method}.default")
     node["args"][argument] = value
     data = json.dumps(graph).encode()
     (copy / "graph.json").write_bytes(data)
@@ -220,5 +255,5 @@ def test_a_grouped_node_whose_settings_do_not_fit_its_tensors_is_refused(
     manifest["files"]["graph.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest["checksum"] = checksum(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="grouped_linear_affine"):
+    with pytest.raises(ArtifactError, match=f"grouped_linear_{method}"):
         open_artifact(copy)

@@ -12,6 +12,9 @@ import torch
 import triton.language as tl
 from offline import compile_sm90
 
+from qcompiler.kernels.triton.expert_rows import expert_tile
+from qcompiler.kernels.triton.grouped_linear_int8 import grouped_linear_int8_kernel
+from qcompiler.kernels.triton.grouped_linear_lut4 import grouped_linear_lut4_kernel
 from qcompiler.kernels.triton.linear_int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,
@@ -32,6 +35,7 @@ from qcompiler.kernels.triton.linear_lut4_kernels import (
     linear_lut4_gemv,
 )
 from qcompiler.kernels.triton.lut4_codes import decode_asm
+from qcompiler.kernels.tuning.tables import LinearConfig
 
 N, K, SMS = 4096, 14336, 132
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -99,6 +103,32 @@ def int8_variants():
     yield dequantize_int8_kernel, "bf16", {}, {"BLOCK": 2048}, heuristic(N, K, 4096, "bfloat16", SMS)
 
 
+def expert_variants():
+    """Few tokens, many, float32 activations, and rows that are no whole words."""
+    for rows, element, words, double in (
+        (8, "bf16", True, True), (256, "fp16", True, True), (8192, "bf16", True, False),
+        (64, "fp32", True, True), (8, "bf16", False, True),
+    ):  # fmt: skip
+        half = element != "fp32"
+        block_n, block_m, warps, stages = expert_tile(rows, 8, 2 if half else 4)
+        config = LinearConfig("gemm", block_n, block_m, 1, warps, stages)
+        shared = {
+            "EXPERTS": 8, "EXPERTS_P2": 16, "BN": block_n, "BM": block_m, "HAS_BIAS": True,
+            "EVEN_K": words, "HALF": _HALF.get(element, tl.bfloat16),
+        }  # fmt: skip
+        given = {"offsets": "*i32"} | ({} if words else {"K": "i32"})
+        int8_decode = PAIRS_BFLOAT16 if element == "bf16" else PAIRS_FLOAT16
+        int8 = {"PER": 4 if words else 1, "UNITS": 32, "DECODE": int8_decode if half and words else ""}
+        pointer = {"units": "*i32" if words else "*i8"}
+        yield grouped_linear_int8_kernel, element, given | pointer, shared | int8, config
+        lut4 = {
+            "PER": 8 if words else 2, "UNITS": 16, "BLOCK": 64, "CROSS": not words, "DOUBLE": double,
+            "DECODE": decode_asm("nf4", _TORCH[element]) if half and words else "",
+        }  # fmt: skip
+        pointers = {"units": "*i32" if words else "*u8", "absmax": "*u8" if double else "*fp32"}
+        yield grouped_linear_lut4_kernel, element, given | pointers, shared | lut4, config
+
+
 def llm_int8_variants():
     one = heuristic(N, K, 4096, "bfloat16", SMS)
     yield quantize_rows_kernel, "bf16", {}, {"BLOCK": 4096}, one
@@ -119,6 +149,7 @@ def main() -> None:
         *lut4_variants(),
         *int8_variants(),
         *llm_int8_variants(),
+        *expert_variants(),
     ):
         compiled = compile_sm90(
             kernel,
@@ -130,7 +161,8 @@ def main() -> None:
         loop = compiled.loop()
         row = {
             "kernel": kernel.fn.__name__, "element": element, "bm": constants.get("BM"),
-            "double": constants.get("DOUBLE"), "registers": compiled.registers,
+            "double": constants.get("DOUBLE"), "decoded": bool(constants.get("DECODE")),
+            "registers": compiled.registers,
             "spill_bytes": compiled.spill_bytes, "shared_bytes": compiled.shared_bytes,
             "half_mma": compiled.sass.count("HGMMA"), "integer_mma": compiled.sass.count("IGMMA"),
             "loop": dict(loop),

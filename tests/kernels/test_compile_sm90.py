@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qcompiler.kernels.formats.affine import block_width
-from qcompiler.kernels.triton.grouped_linear_affine import tile as tiles_of_experts
+from qcompiler.kernels.triton.expert_rows import expert_tile
 
 _FILE = Path(__file__).with_name("offline.py")
 _SPEC = importlib.util.spec_from_file_location("qcompiler_tests_offline", _FILE)
@@ -71,7 +71,7 @@ def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=
 
 def grouped(bits, group, dtype, tokens, width_of=4096):
     itemsize = 4 if dtype == "fp32" else 2
-    block_n, block_m, warps, stages = tiles_of_experts(tokens, 8, itemsize)
+    block_n, block_m, warps, stages = expert_tile(tokens, 8, itemsize)
     types = {**POINTERS, **SIZES, "rows": "i32", "offsets": "*i32"}
     types |= dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
     if bits == 5:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from devices import on_triton, on_triton_wide, poisoned
+from experts_case import (
+    EXPERTS,
+    OFFSETS,
+    OUTPUTS,
+    ROWS,
+    assert_close,
+    each_row_by_itself,
+    give_outputs,
+    on_device,
+)
 
 import qcompiler.kernels.ops  # noqa: F401
 from qcompiler.kernels.errors import InvalidInputError
@@ -14,13 +23,6 @@ from qcompiler.kernels.formats.affine import BITS, num_groups
 from qcompiler.kernels.providers import select_provider
 
 OP = torch.ops.qcompiler.grouped_linear_affine.default
-EXPERTS, ROWS, OUTPUTS = 5, 40, 33
-OFFSETS = {
-    "ragged": (0, 17, 18, 18, 37),
-    "all": (8, 16, 24, 32, 40),
-    "one-expert": (0, 0, 40, 40, 40),
-    "none": (0,) * 5,
-}
 
 
 def stored(spec, inputs, seed=0):
@@ -40,29 +42,12 @@ def case(bits, group_size, inputs, name, *, dtype=torch.float32, bias=True):
     g = torch.Generator().manual_seed(inputs)
     x = torch.randn(ROWS, inputs, generator=g).to(dtype)
     added = torch.randn(EXPERTS, OUTPUTS, generator=g).to(dtype) if bias else None
-    dense = AFFINE.dequantize(spec, tensors, inputs, torch.float64).view(EXPERTS, OUTPUTS, inputs)
-    wanted, size = torch.zeros(2, ROWS, OUTPUTS, dtype=torch.float64)
-    for row in range(OFFSETS[name][-1]):
-        expert = next(e for e, end in enumerate(OFFSETS[name]) if row < end)
-        wanted[row] = F.linear(
-            x[row].double(), dense[expert], None if added is None else added[expert].double()
-        )
-        size[row] = x[row].double().norm() * dense[expert].norm(dim=1)
+    dense = AFFINE.dequantize(spec, tensors, inputs, torch.float64)
+    wanted, size = each_row_by_itself(x, dense, added, OFFSETS[name])
     offsets = torch.tensor(OFFSETS[name], dtype=torch.int32)
     op, arguments = AFFINE.grouped_op_call(spec, x, tensors, offsets, added, inputs)
     assert op is OP
     return arguments, wanted, size
-
-
-def assert_close(y, wanted, size):
-    """Off by the rounding of the output, and of weights and scales to x's dtype in the kernel.
-
-    As for `linear_affine`: independent roundings, so eps·|x|·|w| bounds them.
-    """
-    eps = torch.finfo(y.dtype).eps
-    assert y.shape == wanted.shape
-    error = (y.double().cpu() - wanted).abs()
-    assert bool((error <= eps * (wanted.abs() + size) + 1e-6 * size).all()), float(error.max())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -124,35 +109,6 @@ def test_the_cpu_provider_multiplies_with_the_dense_weight(dtype):
     assert select_provider("grouped_linear_affine", attributes, given, "cpu", dtype, lean=True).op is OP
 
 
-def on_device(target, arguments):
-    device, _ = target
-    return [_guarded(a, device) if isinstance(a, torch.Tensor) else a for a in arguments]
-
-
-def _guarded(tensor, device):
-    """The same values, contiguous, inside a larger buffer of NaN or of all-one bits."""
-    fill = float("nan") if tensor.is_floating_point() else (255 if tensor.dtype == torch.uint8 else -1)
-    buffer = torch.full((tensor.numel() + 4096,), fill, dtype=tensor.dtype, device=device)
-    inner = buffer[2048 : 2048 + tensor.numel()].view(tensor.shape)
-    return inner.copy_(tensor)
-
-
-def give_outputs(monkeypatch, change):
-    """Let the launcher's output be `change(output)`; gives the list of the shapes that it asked for."""
-    asked = []
-    new_empty = torch.Tensor.new_empty
-
-    def changed(self, *shape, **options):
-        made = new_empty(self, *shape, **options)
-        if made.shape != (ROWS, OUTPUTS):
-            return made
-        asked.append(tuple(made.shape))
-        return change(made)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", changed)
-    return asked
-
-
 @on_triton
 @pytest.mark.parametrize("bits", BITS)
 def test_kernel_at_every_width(bits, target):
@@ -205,6 +161,6 @@ def test_kernel_stays_inside_x_for_any_offsets(ends, target, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "experts", "smallest"), [(8, 8, 16), (4096, 8, 128), (512, 8, 64)])
 def test_tile_follows_the_rows_an_expert_gets(rows, experts, smallest):
-    from qcompiler.kernels.triton.grouped_linear_affine import tile
+    from qcompiler.kernels.triton.expert_rows import expert_tile
 
-    assert tile(rows, experts, 2)[1] == smallest
+    assert expert_tile(rows, experts, 2)[1] == smallest

@@ -42,6 +42,13 @@ def test_products_run_on_the_tensor_cores_of_hopper(variants):
     assert all(v["integer_mma"] for v in gemms if v["kernel"] == "linear_llm_int8_gemm")
 
 
+def test_products_of_experts_run_there_too_where_codes_are_decoded_in_registers(variants):
+    experts = [v for v in variants if v["kernel"].startswith("grouped_")]
+    assert {v["kernel"] for v in experts} == {"grouped_linear_lut4_kernel", "grouped_linear_int8_kernel"}
+    assert {v["decoded"] for v in experts} == {True, False}
+    assert all(v["half_mma"] for v in experts if v["decoded"])
+
+
 def test_few_tokens_cost_few_instructions_per_weight(variants):
     limits = {"linear_lut4_gemv": (64, 4.5), "linear_int8_gemv": (32, 6.5)}  # weights per thread and round
     found = [v for v in variants if v["kernel"] in limits]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from qcompiler.methods.aqlm.search import Metric, sum_codewords
+from qcompiler.methods.aqlm.search import Metric, max_elements, smallest, sum_codewords
+from qcompiler.methods.aqlm.sums import CodewordSums, sums_of, tunable_sum
 
 
 def kmeans(
@@ -33,8 +34,9 @@ def kmeans(
     centres[:size] = points[drawn]
     index = nearest(points, centres)
     for _ in range(steps):
-        total = torch.zeros(clusters, device=points.device).index_add_(0, index, weights)
-        sums = torch.zeros_like(centres).index_add_(0, index, points * weights[:, None])
+        by_centre = CodewordSums(index, clusters)
+        total = by_centre(weights[:, None])[:, 0]
+        sums = by_centre(points * weights[:, None])
         used = total > 0
         centres = torch.where(used[:, None], sums / total.clamp_min(1e-30)[:, None], centres)
         empty = (~used).nonzero().flatten()
@@ -57,9 +59,9 @@ def _draw(weights: torch.Tensor, count: int, generator: torch.Generator) -> torc
 def nearest(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Index of the nearest centre of each point."""
     norms = centres.square().sum(1)
-    chunk = max(1, (1 << 25) // centres.shape[0])
+    chunk = max(1, max_elements(points.device) // centres.shape[0])
     return torch.cat(
-        [torch.addmm(norms, part, centres.T, alpha=-2.0).argmin(1) for part in points.split(chunk)]
+        [smallest(torch.addmm(norms, part, centres.T, alpha=-2.0)) for part in points.split(chunk)]
     )
 
 
@@ -107,19 +109,12 @@ class _Quadratic:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, metric: Metric, codewords: int):
         self.metric = metric
         self.square = scales.square()[:, None]
-        self.count = codes.shape[2]
-        self.codewords = codewords
-        self.codes = codes
-        self.flat = (codes + torch.arange(self.count, device=codes.device) * codewords).flatten(0, 1)
+        self.sums = sums_of(codes, codewords)
 
     def scatter(self, groups: torch.Tensor) -> torch.Tensor:
         """Sum values [N, K] of groups by the codewords that they use: [M, C, d]."""
-        d = self.metric.group_size
-        out = torch.zeros(self.count * self.codewords, d, device=groups.device)
-        points = groups.reshape(-1, d)
-        for m in range(self.count):
-            out.index_add_(0, self.flat[:, m], points)
-        return out.reshape(self.count, self.codewords, d)
+        points = groups.reshape(-1, self.metric.group_size)
+        return torch.stack([sums(points) for sums in self.sums])
 
     def __call__(self, difference: torch.Tensor) -> torch.Tensor:
         """Half the gradient with respect to the codewords at ŵ − w = difference."""
@@ -198,9 +193,10 @@ def adam_codebooks(
     sizes = scales.clone().requires_grad_()
     optimizer = torch.optim.Adam([books, sizes], lr=rate, betas=(0.0, 0.95), amsgrad=True)
     total = metric.error(weight).sum()
+    sums = sums_of(codes, codebooks.shape[1])
     for _ in range(steps):
         with torch.enable_grad():
-            difference = sum_codewords(books, codes).flatten(1) * sizes[:, None] - weight
+            difference = tunable_sum(books, codes, sums).flatten(1) * sizes[:, None] - weight
             loss = metric.error(difference).sum() / total
             optimizer.zero_grad()
             loss.backward()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from qcompiler.calibration.task import BlockTask
 from qcompiler.methods.aqlm.layer import Fitted
 from qcompiler.methods.aqlm.search import choose_codes, sum_codewords
+from qcompiler.methods.aqlm.sums import sums_of, tunable_sum
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,11 @@ class _TunedLinear:
         self.books = fitted.codebooks.clone().requires_grad_()
         self.log_scales = torch.zeros_like(fitted.scales).requires_grad_()
         self.copy = fitted.weight().requires_grad_() if moving else None
+        self.sums = sums_of(fitted.codes, self.books.shape[1])
 
     def groups(self) -> torch.Tensor:
         """Sums of codewords [N, G, d], differentiable in the codebooks."""
-        codes = self.fitted.codes
-        total = F.embedding(codes[..., 0], self.books[0])
-        for m in range(1, codes.shape[2]):
-            total = total + F.embedding(codes[..., m], self.books[m])
-        return total
+        return tunable_sum(self.books, self.fitted.codes, self.sums)
 
     def scales(self) -> torch.Tensor:
         return self.fitted.scales * self.log_scales.exp()
@@ -89,6 +87,7 @@ class _TunedLinear:
         flat = flat.clone()
         flat[chosen] = after
         self.fitted.codes = flat.reshape(codes.shape)
+        self.sums = sums_of(self.fitted.codes, books.shape[1])
         # The copy starts over from what now stands for the weight, or it would drift for good.
         self.copy.copy_(
             (sum_codewords(books, self.fitted.codes).flatten(1) * scales)[:, : self.fitted.in_features]

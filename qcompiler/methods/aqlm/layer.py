@@ -9,6 +9,7 @@ import torch
 from qcompiler.calibration.task import Moments
 from qcompiler.kernels.formats.additive import AdditiveSpec
 from qcompiler.methods.aqlm.codebooks import adam_codebooks, refit_scales, residual_kmeans, solve_codebooks
+from qcompiler.methods.aqlm.phases import PhaseClock
 from qcompiler.methods.aqlm.search import Metric, descent_pass, feedback_pass, sum_codewords
 
 
@@ -87,37 +88,42 @@ def fit_layer(
     spec: AdditiveSpec,
     settings: LayerSettings,
     seed: int,
+    clock: PhaseClock | None = None,
 ) -> Fitted:
     """Fit a weight [N, K] in the norm of its input's Gram matrix."""
+    clock = clock or PhaseClock(weight.device)
     in_features = weight.shape[1]
     generator = torch.Generator().manual_seed(seed)
     padding = metric.gram.shape[0] - in_features
     target = torch.nn.functional.pad(weight.float(), (0, padding)) if padding else weight.float()
     scales = target.square().mean(1).sqrt()
     scales = torch.where(scales > 0, scales, 1.0)
-    books = residual_kmeans(
-        target / scales[:, None],
-        scales.square(),
-        metric,
-        (spec.codebooks, spec.codewords),
-        settings.kmeans_steps,
-        generator,
-    )
+    with clock.phase("k-means"):
+        books = residual_kmeans(
+            target / scales[:, None],
+            scales.square(),
+            metric,
+            (spec.codebooks, spec.codewords),
+            settings.kmeans_steps,
+            generator,
+        )
     total = float(metric.error(target).sum()) or 1.0
     best: Fitted | None = None
     for round_ in range(settings.rounds):
         rows = target / scales[:, None]
-        if round_ < settings.feedback_rounds or best is None:
-            codes = feedback_pass(rows, books, metric, settings.beam)
-            if round_ + 1 >= settings.feedback_rounds:
+        with clock.phase("codes"):
+            if round_ < settings.feedback_rounds or best is None:
+                codes = feedback_pass(rows, books, metric, settings.beam)
+                if round_ + 1 >= settings.feedback_rounds:
+                    codes = descent_pass(rows, codes, books, metric, settings.beam)
+            else:
                 codes = descent_pass(rows, codes, books, metric, settings.beam)
-        else:
-            codes = descent_pass(rows, codes, books, metric, settings.beam)
-        if settings.solver == "adam":
-            books, scales = adam_codebooks(target, codes, books, scales, metric)
-        else:
-            books = solve_codebooks(rows, codes, books, scales, metric)
-            scales = refit_scales(target, sum_codewords(books, codes).flatten(1), scales, metric)
+        with clock.phase("codebooks"):
+            if settings.solver == "adam":
+                books, scales = adam_codebooks(target, codes, books, scales, metric)
+            else:
+                books = solve_codebooks(rows, codes, books, scales, metric)
+                scales = refit_scales(target, sum_codewords(books, codes).flatten(1), scales, metric)
         difference = sum_codewords(books, codes).flatten(1) * scales[:, None] - target
         error = float(metric.error(difference).sum()) / total
         previous = best.error if best is not None else float("inf")

@@ -13,11 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from qcompiler.calibration.blocks import Block
 from qcompiler.calibration.task import BlockResult, BlockTask
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.additive import ADDITIVE, GROUP_SIZES, AdditiveSpec
+from qcompiler.methods.aqlm.cost import Rates, block_seconds, measure_rates
 from qcompiler.methods.aqlm.finetune import FinetuneSettings, finetune
 from qcompiler.methods.aqlm.layer import Fitted, LayerSettings, corrected_weight, fit_layer, make_metric
+from qcompiler.methods.aqlm.phases import PhaseClock
 from qcompiler.methods.aqlm.search import Metric
 from qcompiler.methods.base import MethodOption
 from qcompiler.methods.calibrated import CalibratedMethod
@@ -27,6 +30,7 @@ class AQLM(CalibratedMethod):
     """Additive quantization with calibration text."""
 
     name = "aqlm"
+    _rates: ClassVar[dict[tuple[AdditiveSpec, int, torch.device], Rates]] = {}
     summary = "additive codebooks fitted to calibration text, the best at 2 bits"
     format_name: ClassVar[str] = ADDITIVE.name
     bits: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
@@ -86,22 +90,28 @@ class AQLM(CalibratedMethod):
         """See `CalibratedMethod.quantize_block`."""
         options = self.validate(task.options)
         settings = layer_settings(options)
+        clock = PhaseClock(task.device)
         fitted: dict[str, Fitted] = {}
         current: dict[str, torch.Tensor] = {}
         for stage in task.stages():
-            moments = task.moments(stage, current)
+            with clock.phase("moments"):
+                moments = task.moments(stage, current)
             metrics: dict[int, Metric] = {}
             for linear in stage:
                 spec = _additive(task.specs[linear.name], linear.name)
-                if spec.group_size not in metrics:
-                    metrics[spec.group_size] = make_metric(moments, spec, settings.damping)
-                metric = metrics[spec.group_size]
-                weight = corrected_weight(task.weights[linear.weight], moments, metric)
-                fitted[linear.name] = fit_layer(weight, metric, spec, settings, task.seed)
+                with clock.phase("metric"):
+                    if spec.group_size not in metrics:
+                        metrics[spec.group_size] = make_metric(moments, spec, settings.damping)
+                    metric = metrics[spec.group_size]
+                    weight = corrected_weight(task.weights[linear.weight], moments, metric)
+                fitted[linear.name] = fit_layer(weight, metric, spec, settings, task.seed, clock)
                 task.tell(f"{linear.name}: relative error {fitted[linear.name].error:.5f}")
             current.update({linear.weight: fitted[linear.name].weight() for linear in stage})
-        figures = {"layer_error": {name: layer.error for name, layer in fitted.items()}}
-        fitted, vectors, info = finetune(task, fitted, tuning_settings(options))
+        layer_error = {name: layer.error for name, layer in fitted.items()}
+        with clock.phase("tuning"):
+            fitted, vectors, info = finetune(task, fitted, tuning_settings(options))
+        phases = {name: round(seconds, 2) for name, seconds in clock.seconds.items()}
+        task.tell(f"{task.name}: " + ", ".join(f"{name} {value:.1f} s" for name, value in phases.items()))
         tensors = {name: stored_tensors(task.specs[name], layer) for name, layer in fitted.items()}
         weights = {
             task.linears[name].weight: ADDITIVE.dequantize(
@@ -109,7 +119,37 @@ class AQLM(CalibratedMethod):
             )
             for name, stored in tensors.items()
         }
-        return BlockResult(tensors, dict(task.specs), {**weights, **vectors}, {**figures, **info})
+        figures = {"layer_error": layer_error, "phases": phases, **info}
+        return BlockResult(tensors, dict(task.specs), {**weights, **vectors}, figures)
+
+    def block_seconds(
+        self,
+        block: Block,
+        specs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        windows: int,
+        context: int,
+        device: torch.device,
+    ) -> dict[str, float]:
+        """See `CalibratedMethod.block_seconds`."""
+        stages = [
+            [
+                (x.out_features, x.in_features, _additive(specs[x.name], x.name))
+                for x in stage
+                if x.name in specs
+            ]
+            for stage in block.stages()
+        ]
+
+        def rates(spec: AdditiveSpec) -> Rates:
+            key = (spec, options["beam"], device)
+            if key not in self._rates:
+                self._rates[key] = measure_rates(*key)
+            return self._rates[key]
+
+        return block_seconds(
+            stages, rates, layer_settings(options), tuning_settings(options), windows, context
+        )
 
 
 def layer_settings(options: Mapping[str, Any]) -> LayerSettings:
