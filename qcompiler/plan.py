@@ -26,7 +26,9 @@ from qcompiler.passes import (
     QuantizeLinears,
     canonical_passes,
 )
+from qcompiler.passes.graph_utils import is_parameter
 from qcompiler.passes.quantize_linears import linear_like, linear_name
+from qcompiler.passes.weights import layer_name, recipe_of, resolve
 from qcompiler.report import SkippedLayer
 
 if TYPE_CHECKING:
@@ -127,12 +129,17 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     passes = PassManager(canonical_passes(), dump_dir=_dump(options, "1-canonical")).run(captured.graph)
 
     layer_plan = LayerPlan(options, head_names=output_heads(captured.graph))
+    method_options = method.settle(
+        options.bits, options.group_size, method_options, lambda: sample_weights(source, captured.graph)
+    )
+    experts = expert_names(captured.graph)
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name) if method.quantizes else f"--method {method.name}"
         if isinstance(bits, str):
             return bits
-        return method.resolve_spec(bits, options.group_size, method_options)
+        chosen = method.plain(method_options) if name in experts else method_options
+        return method.resolve_spec(bits, options.group_size, chosen)
 
     quantized_graph = copy.deepcopy(captured.graph)
     embedding_method = pick_embedding_method(method) if options.embedding_bits else None
@@ -168,6 +175,33 @@ def make_plan(options: CompileOptions) -> CompilePlan:
     )
 
 
+def expert_names(gm: GraphModule) -> frozenset[str]:
+    """Names of the layers that are expert weights of grouped linears."""
+    grouped = torch.ops.qcompiler.grouped_linear.default
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is grouped]
+    return frozenset(layer_name(str(node.args[1].target)) for node in nodes if is_parameter(node.args[1]))
+
+
+def sample_weights(source: ModelSource, gm: GraphModule, most: int = 8, rows: int = 64) -> list[torch.Tensor]:
+    """Rows of some of the linears of a canonical graph, evenly spread, from the checkpoint.
+
+    Raises:
+        InvalidInputError: The model has no weights, or no linear.
+    """
+    if source.checkpoint is None:
+        raise InvalidInputError(f"{source.name} has no weights to choose by")
+    nodes = [node for node in gm.graph.nodes if linear_like(node) and is_parameter(node.args[1])]
+    heads = output_heads(gm)
+    names = [str(node.args[1].target) for node in nodes if linear_name(node) not in heads]
+    if not names:
+        raise InvalidInputError(f"{source.name} has no linear to choose by")
+    samples = []
+    for name in names[:: -(-len(names) // most)]:
+        weight = resolve(recipe_of(gm, name), source.checkpoint.tensor)
+        samples.append(weight[:: -(-weight.shape[0] // rows)].float())
+    return samples
+
+
 def pick_embedding_method(method: Method) -> Method:
     """The method itself if its format can be gathered from, else round to nearest."""
     return method if isinstance(get_format(method.format_name), EmbeddingFormat) else get_method("rtn")
@@ -182,7 +216,7 @@ def quantize_embeddings(options: CompileOptions, layer_plan: LayerPlan, method: 
             return bits
         if method.name != options.method:
             return method.resolve_spec(bits)
-        return method.resolve_spec(bits, options.group_size, options.method_options)
+        return method.resolve_spec(bits, options.group_size, method.plain(options.method_options))
 
     return QuantizeEmbeddings(choose, share=layer_plan.shares_embedding)
 

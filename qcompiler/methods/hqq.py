@@ -20,16 +20,19 @@ it) changes nothing, and large weights count somewhat more than small ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AffineSpec
+from qcompiler.kernels.formats.body_tail import TAIL_BITS, BodyTailSpec
 from qcompiler.methods import hqq_reference
 from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_weight, store
 from qcompiler.methods.base import MethodOption
+from qcompiler.methods.body_tail import AUTO, FRACTIONS, choose_fraction, parse_fraction, quantize_body_tail
 
 
 class _Search(NamedTuple):
@@ -65,8 +68,62 @@ class HQQ(AffineMethod):
             "search",
             ("search", "reference"),
             "search: ours, lower error at the same size; reference: the published solver, exactly",
-        )
+        ),
+        "tail_fraction": MethodOption(
+            "0", None, "part of the weights beside the body, coded logarithmically; auto: by their error"
+        ),
+        "tail_bits": MethodOption(8, TAIL_BITS, "bits of such a weight, sign and logarithm"),
     }
+
+    def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `Method.validate`."""
+        resolved = super().validate(options)
+        if parse_fraction(resolved["tail_fraction"]) != 0 and resolved["solver"] != "search":
+            raise InvalidInputError(
+                "the published solver knows no tail", hint="Use the solver 'search', or a tail fraction of 0."
+            )
+        return resolved
+
+    def resolve_spec(
+        self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See `Method.resolve_spec`: affine, or body_tail where the options ask for a tail.
+
+        Before `settle` has chosen a fraction, `auto` stands for the smallest on offer.
+        """
+        spec = super().resolve_spec(bits, group_size)
+        resolved = self.validate(options)
+        fraction = parse_fraction(resolved["tail_fraction"])
+        if fraction == 0:
+            return spec
+        fraction = FRACTIONS[0] if fraction is None else fraction
+        return BodyTailSpec(spec.bits, spec.group_size, fraction, resolved["tail_bits"], spec.scale_dtype)
+
+    def settle(
+        self,
+        bits: int,
+        group_size: int | None,
+        options: Mapping[str, Any],
+        samples: Callable[[], list[Tensor]],
+    ) -> dict[str, Any]:
+        """See `Method.settle`: `auto` becomes a fraction."""
+        resolved = self.validate(options)
+        if resolved["tail_fraction"] != AUTO:
+            return resolved
+        spec = self.resolve_spec(bits, group_size, resolved)
+        return {**resolved, "tail_fraction": str(choose_fraction(self, samples(), spec, resolved))}
+
+    def plain(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Method.plain`: no tail."""
+        return {**options, "tail_fraction": "0"}
+
+    def quantize(
+        self, weight: Tensor, spec: Any, options: Mapping[str, Any] | None = None, *, name: str = "weight"
+    ) -> dict[str, Tensor]:
+        """See `Method.quantize`."""
+        if isinstance(spec, BodyTailSpec):
+            return quantize_body_tail(self, weight, spec, self.validate(options), name=name)
+        return super().quantize(weight, spec, options, name=name)
 
     def solve(
         self,

@@ -1,0 +1,333 @@
+"""The kernels of `qcompiler::linear_body_tail`: GEMV, GEMM with the weight on the left, and the dense tail.
+
+Body and tail meet in one launch. Slot t of neighbouring rows is contiguous, so a program reads the
+tail of its rows a few slots at a time and gathers the x that they name; a sum over slots does not
+care which slice of K its body half works on, so split-K programs share the slots evenly. The GEMM
+gathers from xᵀ, where all tokens of a column lie side by side.
+
+The GEMV works on the float32 units. Blocks of the body stand on an axis of their own, so that a scale
+is loaded once per group and row, and the words of the next step are under way while those of this one
+are used.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, plane_floats, spread_high
+from qcompiler.kernels.triton.x_pairs import load_pair
+
+
+@triton.jit
+def _tail(tail, t, row, last, N, K, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TAIL_BITS: tl.constexpr):
+    """Columns, factors of the row's tail scale, and which slots t < last of rows are in use."""
+    LEVELS: tl.constexpr = (1 << (TAIL_BITS - 1)) - 1
+    STEP: tl.constexpr = 8.0 / (1 << (TAIL_BITS - 1))
+    word = tl.load(tail + t.to(tl.int64) * N + row, mask=t < last, other=0).to(tl.int32)
+    k = t // SLOTS * COLUMNS + (word & ((1 << (16 - TAIL_BITS)) - 1))
+    m = (word >> (16 - TAIL_BITS)) & LEVELS
+    factor = tl.exp2((m - LEVELS).to(tl.float32) * STEP)
+    return k, tl.where(word < 0, -factor, factor), (m > 0) & (k < K)
+
+
+@triton.jit
+def _x_of(
+    x,
+    pairs,
+    m: tl.constexpr,
+    pair,
+    M,
+    K,
+    x_stride,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """x[m, 2·pair] and x[m, 2·pair + 1] as float32, zero outside of x; EVEN: nothing is outside."""
+    if PAIRS:
+        row = pairs + m * (x_stride // 2)
+        mask = None if EVEN else (2 * pair < K) & (m < M)
+        return load_pair(row, pair, mask, PAIRS, HALF)
+    else:
+        row = x + m * x_stride + 2 * pair
+        even = tl.load(row, mask=(2 * pair < K) & (m < M), other=0.0)
+        odd = tl.load(row + 1, mask=(2 * pair + 1 < K) & (m < M), other=0.0)
+        return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def linear_body_tail_gemv(
+    x,
+    pairs,
+    low,
+    high,
+    scales,
+    zeros,
+    tail,
+    tail_scales,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    GROUPS,
+    words,
+    slots,
+    x_stride,
+    steps_per_split,
+    slots_per_split,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL_BITS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    KB: tl.constexpr,
+    TS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid (cdiv(N, BN), SPLIT); M ≤ BM.
+
+    x [M, K] rows x_stride apart, and with PAIRS the same memory as int32. EVEN: K is whole steps and M = BM.
+    out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1. A step is KB blocks of
+    the body, TS slots are read together; a tail block has SLOTS slots and COLUMNS columns.
+    """
+    PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
+    BLOCK: tl.constexpr = PLANES * WIDTH
+    PER: tl.constexpr = PLANES if GROUP == 0 or GROUP >= BLOCK else GROUP // WIDTH
+    HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
+    CODE_BIAS: tl.constexpr = -128.0 if BITS == 8 else 128.0
+
+    split = tl.program_id(1)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, N - 1)
+    block = tl.arange(0, KB)
+    column = tl.arange(0, WIDTH // 2)
+    blocks = words // (WIDTH // 2)
+    word_rows = (row.to(tl.int64) * words)[:, None, None] + column[None, None, :]
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(blocks, KB))
+
+    ends = ()
+    first_slot = split * slots_per_split
+    last_slot = tl.minimum(first_slot + slots_per_split, slots)
+    for _ in tl.static_range(BM):
+        ends = ends + (tl.zeros((TS, BN), dtype=tl.float32),)  # type: ignore[assignment]
+    for start in range(first_slot, last_slot, TS):
+        t = (start + tl.arange(0, TS))[:, None]
+        k, factor, used = _tail(tail, t, row[None, :], last_slot, N, K, SLOTS, COLUMNS, TAIL_BITS)
+        grown = ()
+        for m in tl.static_range(BM):
+            value = tl.load(x + m * x_stride + k, mask=used & (m < M), other=0.0).to(tl.float32)
+            grown = grown + (ends[m] + factor * value,)  # type: ignore[assignment]
+        ends = grown
+
+    sums = ()
+    for _ in tl.static_range(BM):
+        sums = sums + (tl.zeros((BN, KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
+    at = tl.minimum(first * KB + block, blocks - 1)[None, :, None] * (WIDTH // 2)
+    word = tl.load(low + word_rows + at, eviction_policy="evict_first")
+    upper = word
+    if HAS_HIGH:
+        upper = tl.load(high + word_rows + at, eviction_policy="evict_first")
+    for step in range(first, last):
+        here, here_high = word, upper
+        at = tl.minimum((step + 1) * KB + block, blocks - 1)[None, :, None] * (WIDTH // 2)
+        word = tl.load(low + word_rows + at, eviction_policy="evict_first")
+        if HAS_HIGH:
+            upper = tl.load(high + word_rows + at, eviction_policy="evict_first")
+            here_high = spread_high(here_high, BITS)
+        else:
+            upper = word
+        base = (step * KB + block) * BLOCK
+        for j in tl.static_range(0, PLANES, PER):
+            group = tl.minimum((base + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else base * 0
+            at_scale = group[None, :] * N + row[:, None]
+            scale = tl.load(scales + at_scale).to(tl.float32)[:, :, None]
+            zero = (tl.load(zeros + at_scale).to(tl.float32) + CODE_BIAS)[:, :, None]
+            products = ()
+            totals = ()
+            for _ in tl.static_range(BM):
+                products = products + (tl.zeros((BN, KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
+                totals = totals + (tl.zeros((KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
+            for i in tl.static_range(PER):
+                even, odd = plane_floats(here, here_high, j + i, BITS, COMPILED)
+                pair = ((base + (j + i) * WIDTH) // 2)[:, None] + column[None, :]
+                grown = ()
+                counted = ()
+                for m in tl.static_range(BM):
+                    even_x, odd_x = _x_of(x, pairs, m, pair, M, K, x_stride, PAIRS, EVEN, HALF)
+                    grown = grown + (products[m] + even * even_x[None] + odd * odd_x[None],)  # type: ignore[assignment]
+                    counted = counted + (totals[m] + (even_x + odd_x),)  # type: ignore[assignment]
+                products = grown
+                totals = counted
+            grown = ()
+            for m in tl.static_range(BM):
+                grown = grown + (sums[m] + scale * (products[m] - zero * totals[m][None]),)  # type: ignore[assignment]
+            sums = grown
+
+    out += split.to(tl.int64) * M * N
+    tail_scale = tl.load(tail_scales + row).to(tl.float32)
+    for m in tl.static_range(BM):
+        y = tl.sum(tl.sum(sums[m], axis=2), axis=1) + tail_scale * tl.sum(ends[m], axis=0)
+        if HAS_BIAS:
+            y += tl.load(bias + row).to(tl.float32)
+        tl.store(out + m * N + rn, y.to(out.dtype.element_ty), mask=(rn < N) & (m < M))
+
+
+@triton.jit
+def _scale_and_offset(scales, zeros, at, CENTRE: tl.constexpr):
+    """Scale and (centre − zero)·scale, float32."""
+    scale = tl.load(scales + at).to(tl.float32)
+    return scale, (CENTRE - tl.load(zeros + at).to(tl.float32)) * scale
+
+
+@triton.jit
+def linear_body_tail_gemm(
+    x,
+    xt,
+    low,
+    high,
+    scales,
+    zeros,
+    tail,
+    tail_scales,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    GROUPS,
+    words,
+    slots,
+    x_stride,
+    xt_stride,
+    tiles_per_split,
+    slots_per_split,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL_BITS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    TS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HALF: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM].
+
+    x [M, K] rows x_stride apart and xt, the same as [K, M] rows xt_stride apart; out [M, N] in x's dtype,
+    or float32 partial sums [SPLIT, M, N] when SPLIT > 1. The tail is summed first, in float32, and the
+    dots of the body go on from there; TS slots are gathered together.
+    """
+    PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
+    LANES: tl.constexpr = WIDTH if WIDTH > 16 else 16  # a dot needs 16 columns of K
+    BLOCK: tl.constexpr = PLANES * WIDTH
+    TILE: tl.constexpr = PLANES * LANES
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
+    ONE_BLOCK: tl.constexpr = WIDTH == LANES
+
+    pid = tl.program_id(0)
+    split = tl.program_id(1)
+    tiles_m = tl.cdiv(M, BM)
+    pid_n = (pid // tiles_m).to(tl.int64)
+    pid_m = (pid % tiles_m).to(tl.int64)
+    rn = (pid_n * BN + tl.arange(0, BN)).to(tl.int32)
+    rm = (pid_m * BM + tl.arange(0, BM)).to(tl.int32)
+    # Rows past the end read the last row and are not stored, so that no load of the weight needs a mask.
+    row = tl.minimum(rn, N - 1)
+
+    first_slot = split * slots_per_split
+    last_slot = tl.minimum(first_slot + slots_per_split, slots)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for start in range(first_slot, last_slot, TS):
+        t = (start + tl.arange(0, TS))[:, None]
+        k, factor, used = _tail(tail, t, row[None, :], last_slot, N, K, SLOTS, COLUMNS, TAIL_BITS)
+        at = xt + (k.to(tl.int64) * xt_stride)[:, :, None] + rm[None, None, :]
+        value = tl.load(at, mask=used[:, :, None] & (rm < M)[None, None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(factor[:, :, None] * value, axis=0)
+    acc *= tl.load(tail_scales + row).to(tl.float32)[:, None]
+
+    lane = tl.arange(0, LANES)
+    if ONE_BLOCK:
+        position = lane
+    else:
+        position = (lane // WIDTH) * BLOCK + lane % WIDTH
+    x += pid_m * BM * x_stride
+    x_rows = tl.arange(0, BM) * x_stride
+    column = tl.arange(0, LANES // 2)
+    word_rows = row.to(tl.int64)[:, None] * words
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
+    for tile in range(first, last):
+        at = tile * (LANES // 2) + column
+        if not ONE_BLOCK:
+            at = tl.minimum(at, words - 1)
+        word = tl.load(low + word_rows + at[None, :])
+        upper = word
+        if HAS_HIGH:
+            upper = spread_high(tl.load(high + word_rows + at[None, :]), BITS)
+        for j in tl.static_range(PLANES):
+            k = tile * TILE + j * WIDTH + position
+            x_mask = rm[None, :] < M
+            if not EVEN_K:
+                x_mask = x_mask & (k[:, None] < K)
+            x_tile = tl.load(x + x_rows[None, :] + k[:, None], mask=x_mask, other=0.0)
+            if not COMPILED:
+                x_tile = x_tile.to(tl.float32)
+            if ONE_BLOCK:
+                group = tl.minimum((tile * TILE + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else 0
+                scale, offset = _scale_and_offset(scales, zeros, group * N + row, CENTRE)
+                scale = scale[:, None]
+                offset = offset[:, None]
+            else:
+                groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
+                scale, offset = _scale_and_offset(scales, zeros, groups[None, :] * N + row[:, None], CENTRE)
+            weight = dequantize_plane(word, upper, scale, offset, j, BITS, HALF, COMPILED)
+            acc = tl.dot(weight, x_tile, acc, input_precision="ieee")
+
+    if HAS_BIAS:
+        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    out += split.to(tl.int64) * M * N + pid_m * BM * N
+    offsets = tl.arange(0, BM).to(tl.int64)[None, :] * N + rn[:, None]
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
+
+
+@triton.jit
+def add_tail_kernel(
+    weight,
+    tail,
+    tail_scales,
+    N,
+    K,
+    slots,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAIL_BITS: tl.constexpr,
+    BN: tl.constexpr,
+    TS: tl.constexpr,
+):
+    """Grid (cdiv(N, BN), cdiv(slots, TS)): weight [N, K] += tail; no two slots of a row name one column."""
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, N - 1)[None, :]
+    t = (tl.program_id(1) * TS + tl.arange(0, TS))[:, None]
+    k, factor, used = _tail(tail, t, row, slots, N, K, SLOTS, COLUMNS, TAIL_BITS)
+    used = used & (rn < N)[None, :]
+    at = weight + row.to(tl.int64) * K + k
+    body = tl.load(at, mask=used, other=0.0).to(tl.float32)
+    value = body + factor * tl.load(tail_scales + row).to(tl.float32)
+    tl.store(at, value.to(weight.dtype.element_ty), mask=used)
