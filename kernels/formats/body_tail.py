@@ -306,9 +306,11 @@ def decode_tail(
     start = torch.arange(tail.shape[0], device=tail.device) // slots * block
     columns = start[:, None] + (words & ((1 << spec.position_bits) - 1)).to(torch.int64)
     m = (words >> spec.position_bits) & spec.levels
-    magnitude = torch.exp2((m - spec.levels).float() * spec.step) * tail_scales.float()
-    signed = torch.where(words >= 1 << 15, -magnitude, magnitude)
-    return columns, torch.where(m > 0, signed, 0.0)
+    # From a table: vectorised and scalar exponentials differ in the last bit.
+    powers = torch.exp2((torch.arange(spec.levels + 1, dtype=torch.float64) - spec.levels) * spec.step)
+    powers[0] = 0.0
+    magnitude = powers.float().to(tail.device)[m] * tail_scales.float()
+    return columns, torch.where(words >= 1 << 15, -magnitude, magnitude)
 
 
 def dequantize_body_tail(
