@@ -29,6 +29,7 @@ from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 COMPILED = not isinstance(linear_body_tail_gemm, InterpretedFunction)
 _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 _STEP_BLOCKS = 8  # blocks of the body, mostly of 256 codes, that a GEMV program works on together
+_ROWS = 16  # rows whose words a GEMV program loads together; it takes block_n of them in turn
 _TAIL_SLOTS = 16  # slots that a GEMV program reads together
 _GATHERED = 64  # values of x that a thread of the GEMM gathers together
 
@@ -83,7 +84,7 @@ def linear_body_tail_triton(
 def heuristic(n: int, tokens: int, dtype: str) -> LinearConfig:
     """A sane configuration where nothing was measured."""
     if tokens <= 2:
-        return LinearConfig("gemv", 16 if n <= 8192 or tokens > 1 else 32, token_bucket(tokens), 1, 8, 2)
+        return LinearConfig("gemv", 16 if n <= 8192 else 64, 1, 1, 8, 2)
     if dtype == "float32" or tokens > 512:
         return LinearConfig("dense")
     if tokens <= 64:
@@ -145,7 +146,6 @@ def _fused(
         "COLUMNS": columns,
         "TAIL_BITS": spec.tail_bits,
         "BN": config.block_n,
-        "BM": config.block_m,
         "SPLIT": split,
         "HAS_BIAS": bias is not None and split == 1,
         "HALF": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
@@ -155,16 +155,17 @@ def _fused(
     }
     if gemv:
         pairs = as_pairs(x)
-        linear_body_tail_gemv[(triton.cdiv(out_features, config.block_n), split)](
+        linear_body_tail_gemv[(triton.cdiv(out_features, config.block_n), split, tokens)](
             x,
             x if pairs is None else pairs,
             *stored,
             x.stride(0),
             *shares,
             KB=together,
+            ROWS=min(_ROWS, config.block_n),
             TS=min(_TAIL_SLOTS, triton.next_power_of_2(shares[1])),
             PAIRS=pairs is not None,
-            EVEN=in_features % tile == 0 and tokens == config.block_m,
+            EVEN=in_features % tile == 0,
             **constants,
         )
     else:
@@ -180,6 +181,7 @@ def _fused(
             x.stride(0),
             xt.stride(0),
             *shares,
+            BM=config.block_m,
             EVEN_K=in_features % tile == 0,
             TS=max(1, min(together, triton.next_power_of_2(shares[1]))),
             **constants,

@@ -32,28 +32,35 @@ def _tail(tail, t, row, last, N, K, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, 
 
 
 @triton.jit
-def _x_of(
-    x,
-    pairs,
-    m: tl.constexpr,
-    pair,
-    M,
-    K,
-    x_stride,
-    PAIRS: tl.constexpr,
-    EVEN: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """x[m, 2·pair] and x[m, 2·pair + 1] as float32, zero outside of x; EVEN: nothing is outside."""
+def _x_of(x, pairs, pair, K, PAIRS: tl.constexpr, EVEN: tl.constexpr, HALF: tl.constexpr):
+    """x[2·pair] and x[2·pair + 1] of one token as float32, zero from K on; EVEN: nothing is past K."""
     if PAIRS:
-        row = pairs + m * (x_stride // 2)
-        mask = None if EVEN else (2 * pair < K) & (m < M)
-        return load_pair(row, pair, mask, PAIRS, HALF)
+        return load_pair(pairs, pair, None if EVEN else 2 * pair < K, PAIRS, HALF)
     else:
-        row = x + m * x_stride + 2 * pair
-        even = tl.load(row, mask=(2 * pair < K) & (m < M), other=0.0)
-        odd = tl.load(row + 1, mask=(2 * pair + 1 < K) & (m < M), other=0.0)
+        even = tl.load(x + 2 * pair, mask=2 * pair < K, other=0.0)
+        odd = tl.load(x + 2 * pair + 1, mask=2 * pair + 1 < K, other=0.0)
         return even.to(tl.float32), odd.to(tl.float32)
+
+
+@triton.jit
+def _words(low, high, at, HAS_HIGH: tl.constexpr):
+    """Words of the body and, where codes have upper bits, their narrow words."""
+    word = tl.load(low + at, eviction_policy="evict_first")
+    if HAS_HIGH:
+        return word, tl.load(high + at, eviction_policy="evict_first")
+    else:
+        return word, word
+
+
+@triton.jit
+def _sum_words(values, VEC: tl.constexpr):
+    """Sums of VEC neighbouring words, those of one thread: [..., words] to [..., words / VEC]."""
+    if len(values.shape) == 3:
+        parts = tl.reshape(values, (values.shape[0], values.shape[1], values.shape[2] // VEC, VEC))
+        return tl.sum(parts, axis=3)
+    else:
+        parts = tl.reshape(values, (values.shape[0], values.shape[1] // VEC, VEC))
+        return tl.sum(parts, axis=2)
 
 
 @triton.jit
@@ -84,7 +91,7 @@ def linear_body_tail_gemv(
     COLUMNS: tl.constexpr,
     TAIL_BITS: tl.constexpr,
     BN: tl.constexpr,
-    BM: tl.constexpr,
+    ROWS: tl.constexpr,
     KB: tl.constexpr,
     TS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -94,93 +101,104 @@ def linear_body_tail_gemv(
     HALF: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
-    """Grid (cdiv(N, BN), SPLIT); M ≤ BM.
+    """Grid (cdiv(N, BN), SPLIT, M).
 
-    x [M, K] rows x_stride apart, and with PAIRS the same memory as int32. EVEN: K is whole steps and M = BM.
+    x [M, K] rows x_stride apart, and with PAIRS the same memory as int32. EVEN: K is whole steps.
     out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1. A step is KB blocks of
-    the body, TS slots are read together; a tail block has SLOTS slots and COLUMNS columns.
+    the body for BN rows, ROWS at a time; TS slots are read together; a tail block has SLOTS slots and
+    COLUMNS columns.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     BLOCK: tl.constexpr = PLANES * WIDTH
     PER: tl.constexpr = PLANES if GROUP == 0 or GROUP >= BLOCK else GROUP // WIDTH
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
     CODE_BIAS: tl.constexpr = -128.0 if BITS == 8 else 128.0
+    PARTS: tl.constexpr = BN // ROWS
+    # What a thread loads together: 16 bytes of the narrowest words.
+    VEC: tl.constexpr = min(WIDTH // 2, 8 if HAS_HIGH else 4)
 
     split = tl.program_id(1)
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(rn, N - 1)
+    token = tl.program_id(2).to(tl.int64)
+    first_row = tl.program_id(0) * BN
+    x += token * x_stride
+    if PAIRS:
+        pairs += token * (x_stride // 2)
+
+    out += (split.to(tl.int64) * M + token) * N
+    first_slot = split * slots_per_split
+    last_slot = tl.minimum(first_slot + slots_per_split, slots)
+    rows = ()
+    ends = ()
+    for part in tl.static_range(PARTS):
+        rows = rows + (tl.minimum(first_row + part * ROWS + tl.arange(0, ROWS), N - 1),)  # type: ignore[assignment]
+        ends = ends + (tl.zeros((TS, ROWS), dtype=tl.float32),)  # type: ignore[assignment]
+    for start in range(first_slot, last_slot, TS):
+        t = (start + tl.arange(0, TS))[:, None]
+        grown = ()
+        for part in tl.static_range(PARTS):
+            row = rows[part][None, :]
+            k, factor, used = _tail(tail, t, row, last_slot, N, K, SLOTS, COLUMNS, TAIL_BITS)
+            value = tl.load(x + k, mask=used, other=0.0).to(tl.float32)
+            grown = grown + (ends[part] + factor * value,)  # type: ignore[assignment]
+        ends = grown
+
     block = tl.arange(0, KB)
     column = tl.arange(0, WIDTH // 2)
     blocks = words // (WIDTH // 2)
-    word_rows = (row.to(tl.int64) * words)[:, None, None] + column[None, None, :]
     first = split * steps_per_split
     last = tl.minimum(first + steps_per_split, tl.cdiv(blocks, KB))
-
-    ends = ()
-    first_slot = split * slots_per_split
-    last_slot = tl.minimum(first_slot + slots_per_split, slots)
-    for _ in tl.static_range(BM):
-        ends = ends + (tl.zeros((TS, BN), dtype=tl.float32),)  # type: ignore[assignment]
-    for start in range(first_slot, last_slot, TS):
-        t = (start + tl.arange(0, TS))[:, None]
-        k, factor, used = _tail(tail, t, row[None, :], last_slot, N, K, SLOTS, COLUMNS, TAIL_BITS)
-        grown = ()
-        for m in tl.static_range(BM):
-            value = tl.load(x + m * x_stride + k, mask=used & (m < M), other=0.0).to(tl.float32)
-            grown = grown + (ends[m] + factor * value,)  # type: ignore[assignment]
-        ends = grown
-
-    sums = ()
-    for _ in tl.static_range(BM):
-        sums = sums + (tl.zeros((BN, KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
     at = tl.minimum(first * KB + block, blocks - 1)[None, :, None] * (WIDTH // 2)
-    word = tl.load(low + word_rows + at, eviction_policy="evict_first")
-    upper = word
-    if HAS_HIGH:
-        upper = tl.load(high + word_rows + at, eviction_policy="evict_first")
+    bases = ()
+    sums = ()
+    ahead = ()
+    for part in tl.static_range(PARTS):
+        bases = bases + ((rows[part].to(tl.int64) * words)[:, None, None] + column[None, None, :],)  # type: ignore[assignment]
+        sums = sums + (tl.zeros((ROWS, KB, WIDTH // 2 // VEC), dtype=tl.float32),)  # type: ignore[assignment]
+        ahead = ahead + (_words(low, high, bases[part] + at, HAS_HIGH),)  # type: ignore[assignment]
     for step in range(first, last):
-        here, here_high = word, upper
+        here = ahead
         at = tl.minimum((step + 1) * KB + block, blocks - 1)[None, :, None] * (WIDTH // 2)
-        word = tl.load(low + word_rows + at, eviction_policy="evict_first")
-        if HAS_HIGH:
-            upper = tl.load(high + word_rows + at, eviction_policy="evict_first")
-            here_high = spread_high(here_high, BITS)
-        else:
-            upper = word
+        ahead = ()
+        for part in tl.static_range(PARTS):
+            ahead = ahead + (_words(low, high, bases[part] + at, HAS_HIGH),)  # type: ignore[assignment]
+        uppers = ()
+        for part in tl.static_range(PARTS):
+            uppers = uppers + (spread_high(here[part][1], BITS) if HAS_HIGH else here[part][1],)  # type: ignore[assignment]
         base = (step * KB + block) * BLOCK
         for j in tl.static_range(0, PLANES, PER):
             group = tl.minimum((base + j * WIDTH) // GROUP, GROUPS - 1) if GROUP else base * 0
-            at_scale = group[None, :] * N + row[:, None]
-            scale = tl.load(scales + at_scale).to(tl.float32)[:, :, None]
-            zero = (tl.load(zeros + at_scale).to(tl.float32) + CODE_BIAS)[:, :, None]
             products = ()
-            totals = ()
-            for _ in tl.static_range(BM):
-                products = products + (tl.zeros((BN, KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
-                totals = totals + (tl.zeros((KB, WIDTH // 2), dtype=tl.float32),)  # type: ignore[assignment]
             for i in tl.static_range(PER):
-                even, odd = plane_floats(here, here_high, j + i, BITS, COMPILED)
                 pair = ((base + (j + i) * WIDTH) // 2)[:, None] + column[None, :]
+                even_x, odd_x = _x_of(x, pairs, pair, K, PAIRS, EVEN, HALF)
+                total = even_x + odd_x if i == 0 else total + (even_x + odd_x)  # noqa: F821
                 grown = ()
-                counted = ()
-                for m in tl.static_range(BM):
-                    even_x, odd_x = _x_of(x, pairs, m, pair, M, K, x_stride, PAIRS, EVEN, HALF)
-                    grown = grown + (products[m] + even * even_x[None] + odd * odd_x[None],)  # type: ignore[assignment]
-                    counted = counted + (totals[m] + (even_x + odd_x),)  # type: ignore[assignment]
+                for part in tl.static_range(PARTS):
+                    even, odd = plane_floats(here[part][0], uppers[part], j + i, BITS, COMPILED)
+                    if i == 0:
+                        product = even * even_x[None] + odd * odd_x[None]
+                    else:
+                        product = products[part] + even * even_x[None] + odd * odd_x[None]
+                    grown = grown + (product,)  # type: ignore[assignment]
                 products = grown
-                totals = counted
+            total = _sum_words(total, VEC)
             grown = ()
-            for m in tl.static_range(BM):
-                grown = grown + (sums[m] + scale * (products[m] - zero * totals[m][None]),)  # type: ignore[assignment]
+            for part in tl.static_range(PARTS):
+                at_scale = group[None, :] * N + rows[part][:, None]
+                scale = tl.load(scales + at_scale).to(tl.float32)[:, :, None]
+                zero = (tl.load(zeros + at_scale).to(tl.float32) + CODE_BIAS)[:, :, None]
+                product = _sum_words(products[part], VEC) - zero * total[None]
+                grown = grown + (sums[part] + scale * product,)  # type: ignore[assignment]
             sums = grown
 
-    out += split.to(tl.int64) * M * N
-    tail_scale = tl.load(tail_scales + row).to(tl.float32)
-    for m in tl.static_range(BM):
-        y = tl.sum(tl.sum(sums[m], axis=2), axis=1) + tail_scale * tl.sum(ends[m], axis=0)
+    for part in tl.static_range(PARTS):
+        row = rows[part]
+        y = tl.sum(tl.sum(sums[part], axis=2), axis=1)
+        y += tl.sum(ends[part], axis=0) * tl.load(tail_scales + row).to(tl.float32)
         if HAS_BIAS:
             y += tl.load(bias + row).to(tl.float32)
-        tl.store(out + m * N + rn, y.to(out.dtype.element_ty), mask=(rn < N) & (m < M))
+        rn = first_row + part * ROWS + tl.arange(0, ROWS)
+        tl.store(out + rn, y.to(out.dtype.element_ty), mask=rn < N)
 
 
 @triton.jit
