@@ -59,7 +59,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (-row["bits"], round(row["bits_per_weight"], 2))):
-        tail = f"{100 * row['tail_fraction']:.3g} %" if row["tail_fraction"] else "–"
+        tail = f"{100 * row['tail_fraction']:.3g} %" if row["tail_fraction"] else "-"
         change = 100 * (row["perplexity"] / row["perplexity_original"] - 1)
         cells = (
             row["bits"],

@@ -182,7 +182,7 @@ def expert_names(gm: GraphModule) -> frozenset[str]:
     return frozenset(layer_name(str(node.args[1].target)) for node in nodes if is_parameter(node.args[1]))
 
 
-def sample_weights(source: ModelSource, gm: GraphModule, most: int = 8, rows: int = 64) -> list[torch.Tensor]:
+def sample_weights(source: ModelSource, gm: GraphModule, most: int = 6, rows: int = 32) -> list[torch.Tensor]:
     """Rows of some of the linears of a canonical graph, evenly spread, from the checkpoint.
 
     Raises:

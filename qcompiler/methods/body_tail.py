@@ -24,7 +24,7 @@ from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec, in_bloc
 from qcompiler.methods.affine import CHUNK_WEIGHTS, AffineMethod, check_weight, constant_groups_exact
 
 AUTO = "auto"
-FRACTIONS = (0.004, 0.006, 0.008, 0.012, 0.016, 0.024, 0.032)
+FRACTIONS = (0.004, 0.008, 0.012, 0.02, 0.032)
 _ROUNDS = 2
 
 
