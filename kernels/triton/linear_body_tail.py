@@ -17,11 +17,9 @@ from qcompiler.kernels.formats.affine import block_width, num_groups
 from qcompiler.kernels.formats.body_tail import BodyTailSpec, tail_layout
 from qcompiler.kernels.ops.linear_body_tail import check_linear_body_tail
 from qcompiler.kernels.triton.linear_affine import dequantize_triton
-from qcompiler.kernels.triton.linear_body_tail_kernels import (
-    add_tail_kernel,
-    linear_body_tail_gemm,
-    linear_body_tail_gemv,
-)
+from qcompiler.kernels.triton.linear_body_tail_gemm import linear_body_tail_gemm
+from qcompiler.kernels.triton.linear_body_tail_gemv import linear_body_tail_gemv
+from qcompiler.kernels.triton.linear_body_tail_slots import add_tail_kernel, prepare_x_kernel
 from qcompiler.kernels.triton.linear_launch import measured_config, sum_split
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
@@ -169,14 +167,27 @@ def _fused(
             **constants,
         )
     else:
-        # Rows of xᵀ on 16-byte boundaries; what stands past the last token is not read.
-        xt = x.new_empty((in_features, -(-tokens // 16) * 16))
-        xt[:, :tokens].copy_(x.t())
+        groups = num_groups(spec.group_size, in_features)
+        xt = x.new_empty((in_features, -(-tokens // config.block_m) * config.block_m))
+        x_sums = x.new_empty((groups, xt.shape[1]), dtype=torch.float32)
+        prepare_x_kernel[(groups, triton.cdiv(tokens, 16))](
+            x,
+            xt,
+            x_sums,
+            tokens,
+            in_features,
+            x.stride(0),
+            xt.stride(0),
+            spec.group_size or in_features,
+            BM=16,
+            BK=64,
+        )
         together = _GATHERED * 32 * config.num_warps // (config.block_n * config.block_m)
         grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
         linear_body_tail_gemm[grid](
             x,
             xt,
+            x_sums,
             *stored,
             x.stride(0),
             xt.stride(0),
