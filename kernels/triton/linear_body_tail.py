@@ -1,9 +1,9 @@
 """Launches the Triton kernels of `qcompiler::linear_body_tail`; the reference's result up to rounding.
 
-One or two tokens take the GEMV, more the GEMM on tensor cores, and beyond 512 (or for float32, whose
-bits the tensor cores would drop) body and tail become a dense weight for a library matmul. Nothing
-waits for the device and every buffer's size follows from the shapes. Split-K parts are summed by a
-second kernel in a fixed order.
+Body and tail are one launch: the GEMM on tensor cores, or the GEMV on the float32 units for a few tokens
+of float32, whose bits tensor cores would drop. Beyond 512 tokens both become a dense weight for a library
+matmul. For the GEMM a small kernel lays x out once. Nothing waits for the device and every buffer's
+size follows from the shapes. Split-K parts are summed by another kernel in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qcompiler.kernels.triton.linear_affine import dequantize_triton
 from qcompiler.kernels.triton.linear_body_tail_gemm import linear_body_tail_gemm
 from qcompiler.kernels.triton.linear_body_tail_gemv import linear_body_tail_gemv
 from qcompiler.kernels.triton.linear_body_tail_slots import add_tail_kernel, prepare_x_kernel
-from qcompiler.kernels.triton.linear_launch import measured_config, sum_split
+from qcompiler.kernels.triton.linear_launch import measured_config, multiprocessors, sum_split
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 
@@ -29,7 +29,8 @@ _PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 _STEP_BLOCKS = 8  # blocks of the body, mostly of 256 codes, that a GEMV program works on together
 _ROWS = 16  # rows whose words a GEMV program loads together; it takes block_n of them in turn
 _TAIL_SLOTS = 16  # slots that a GEMV program reads together
-_GATHERED = 64  # values of x that a thread of the GEMM gathers together
+_GATHERED = 64  # values of x that a thread of the GEMM gathers together, from at most so many slots:
+_GEMM_SLOTS = 4
 
 
 def linear_body_tail_triton(
@@ -67,8 +68,9 @@ def linear_body_tail_triton(
         return x.new_empty((*x.shape[:-1], out_features))
     if config is None:
         key = f"linear_body_tail/affine-b{bits}-g{group_size}"
+        dtype = str(x.dtype).removeprefix("torch.")
         config = measured_config(key, rows, out_features) or heuristic(
-            out_features, tokens, str(x.dtype).removeprefix("torch.")
+            out_features, in_features, tokens, dtype, multiprocessors(x.device)
         )
     body = (low, high, scales, zeros)
     if config.kind == "dense":
@@ -79,15 +81,22 @@ def linear_body_tail_triton(
     return y.view(*x.shape[:-1], out_features)
 
 
-def heuristic(n: int, tokens: int, dtype: str) -> LinearConfig:
-    """A sane configuration where nothing was measured."""
-    if tokens <= 2:
-        return LinearConfig("gemv", 16 if n <= 8192 else 64, 1, 1, 8, 2)
-    if dtype == "float32" or tokens > 512:
+def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
+    """A sane configuration where nothing was measured.
+
+    Tensor cores from one token on: their loop takes 3.8 to 5 instructions per weight of 3 bits, the GEMV's
+    6 (counted in SASS). float32 activations never use them: few take the GEMV.
+    """
+    if dtype == "float32":
+        return LinearConfig("gemv", 16, 1, 1, 8, 2) if tokens <= 4 else LinearConfig("dense")
+    if tokens > 512:
         return LinearConfig("dense")
-    if tokens <= 64:
-        return LinearConfig("gemm", 64, max(16, token_bucket(tokens)), 1, 4, 3)
-    return LinearConfig("gemm", 128, 128, 1, 8, 2)
+    if tokens > 64:
+        return LinearConfig("gemm", 128, 128, 1, 8, 2)
+    block_n = 128 if n >= 128 * sms else 64
+    programs = -(-n // block_n)
+    split = max(1, min(2 * sms // programs, k // 1024, 8))
+    return LinearConfig("gemm", block_n, max(8, token_bucket(tokens)), split, 4, 3)
 
 
 def _fused(
@@ -170,7 +179,8 @@ def _fused(
         groups = num_groups(spec.group_size, in_features)
         xt = x.new_empty((in_features, -(-tokens // config.block_m) * config.block_m))
         x_sums = x.new_empty((groups, xt.shape[1]), dtype=torch.float32)
-        prepare_x_kernel[(groups, triton.cdiv(tokens, 16))](
+        together = min(16, config.block_m)
+        prepare_x_kernel[(groups, xt.shape[1] // together)](
             x,
             xt,
             x_sums,
@@ -179,7 +189,7 @@ def _fused(
             x.stride(0),
             xt.stride(0),
             spec.group_size or in_features,
-            BM=16,
+            BM=together,
             BK=64,
         )
         together = _GATHERED * 32 * config.num_warps // (config.block_n * config.block_m)
@@ -194,7 +204,7 @@ def _fused(
             *shares,
             BM=config.block_m,
             EVEN_K=in_features % tile == 0,
-            TS=max(1, min(together, triton.next_power_of_2(shares[1]))),
+            TS=max(1, min(_GEMM_SLOTS, together, triton.next_power_of_2(shares[1]))),
             **constants,
         )
     if split > 1:

@@ -88,9 +88,9 @@ def linear_body_tail_gemm(
 ):
     """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); yᵀ [BN, BM].
 
-    x [M, K] rows x_stride apart; xt and x_sums from `prepare_x_kernel`, xt_stride whole multiples of BM (what
-    stands past token M reaches no stored result, so that those loads need no mask); out [M, N] in x's dtype, or float32
-    partial sums [SPLIT, M, N] when SPLIT > 1. TS slots of the tail are gathered together.
+    x [M, K] rows x_stride apart; xt and x_sums from `prepare_x_kernel`, xt_stride a multiple of BM.
+    out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1. TS slots of the tail are
+    gathered together.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     LANES: tl.constexpr = WIDTH if WIDTH > 16 else 16  # a dot needs 16 columns of K
@@ -101,8 +101,8 @@ def linear_body_tail_gemm(
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
     ONE_BLOCK: tl.constexpr = WIDTH == LANES
     # Few tokens: bare codes enter the dots of a group, its scale comes after. Else every weight is scaled.
-    AFTER: tl.constexpr = ONE_BLOCK and BITS < 8 and BM <= 32
-    PER: tl.constexpr = PLANES if GROUP == 0 or GROUP >= BLOCK else GROUP // WIDTH
+    AFTER: tl.constexpr = ONE_BLOCK and BITS < 8 and BM <= 32 and GROUP > 0 and GROUP <= BLOCK
+    PER: tl.constexpr = GROUP // WIDTH if AFTER else PLANES
 
     pid = tl.program_id(0)
     split = tl.program_id(1)

@@ -121,7 +121,7 @@ def linear_body_tail_gemv(
         t = (start + tl.arange(0, TS))[None, :]
         grown = ()
         for part in tl.static_range(PARTS):
-            row = rows[part][:, None]
+            row = rows[part][:, None]  # type: ignore[var-annotated]
             k, factor, used = tail_slots(tail, t, row, last_slot, N, K, SLOTS, COLUMNS, TAIL_BITS)
             value = tl.load(x + k, mask=used, other=0.0).to(tl.float32)
             grown = grown + (ends[part] + factor * value,)  # type: ignore[assignment]
@@ -138,8 +138,8 @@ def linear_body_tail_gemv(
     ahead = ()
     for part in tl.static_range(PARTS):
         bases = bases + ((rows[part].to(tl.int64) * words)[:, None, None] + column[None, None, :],)  # type: ignore[assignment]
-        sums = sums + (tl.zeros((ROWS, KB, WIDTH // 2 // VEC), dtype=tl.float32),)  # type: ignore[assignment]
-        ahead = ahead + (_words(low, high, bases[part] + at, HAS_HIGH),)  # type: ignore[assignment]
+        sums = sums + (tl.zeros((ROWS, KB, WIDTH // 2 // VEC), dtype=tl.float32),)
+        ahead = ahead + (_words(low, high, bases[part] + at, HAS_HIGH),)
     for step in range(first, last):
         here = ahead
         at = tl.minimum((step + 1) * KB + block, blocks - 1)[None, :, None] * (WIDTH // 2)
@@ -156,7 +156,10 @@ def linear_body_tail_gemv(
             for i in tl.static_range(PER):
                 pair = ((base + (j + i) * WIDTH) // 2)[:, None] + column[None, :]
                 even_x, odd_x = _x_of(x, pairs, pair, K, PAIRS, EVEN, HALF)
-                total = even_x + odd_x if i == 0 else total + (even_x + odd_x)  # noqa: F821
+                if i == 0:
+                    total = even_x + odd_x
+                else:
+                    total += even_x + odd_x
                 grown = ()
                 for part in tl.static_range(PARTS):
                     even, odd = plane_floats(here[part][0], uppers[part], j + i, BITS, COMPILED)

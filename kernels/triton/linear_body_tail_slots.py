@@ -51,7 +51,7 @@ def add_tail_kernel(
 
 @triton.jit
 def prepare_x_kernel(x, xt, sums, M, K, x_stride, xt_stride, size, BM: tl.constexpr, BK: tl.constexpr):
-    """Grid (groups, cdiv(M, BM)): xt [K, M] = xᵀ rows xt_stride apart, sums float32 [groups, xt_stride].
+    """Grid (groups, xt_stride / BM): xt [K, xt_stride] = xᵀ and zeros, sums float32 [groups, xt_stride].
 
     x [M, K] rows x_stride apart; a group is `size` columns, sums[g, m] the sum of x[m] over its columns.
     """
@@ -61,8 +61,9 @@ def prepare_x_kernel(x, xt, sums, M, K, x_stride, xt_stride, size, BM: tl.conste
     total = tl.zeros((BM,), dtype=tl.float32)
     for start in range(group * size, end, BK):
         k = start + tl.arange(0, BK)
-        mask = (rm < M)[:, None] & (k < end)[None, :]
+        inside = k < end
+        mask = (rm < M)[:, None] & inside[None, :]
         tile = tl.load(x + rm.to(tl.int64)[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
-        tl.store(xt + k.to(tl.int64)[:, None] * xt_stride + rm[None, :], tl.trans(tile), mask=tl.trans(mask))
+        tl.store(xt + k.to(tl.int64)[:, None] * xt_stride + rm[None, :], tl.trans(tile), mask=inside[:, None])
         total += tl.sum(tile.to(tl.float32), axis=1)
-    tl.store(sums + group * xt_stride + rm, total, mask=rm < M)
+    tl.store(sums + group * xt_stride + rm, total)

@@ -21,6 +21,11 @@ def measured_config(weight_key: str, x: torch.Tensor, out_features: int) -> Line
     return load_table(gpu).get(key) if gpu else None
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; a few where there are none."""
+    return _device(device)[1]
+
+
 def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig:
     """The tuning table's entry for this op, format, shape and number of tokens, or a sane one.
 
