@@ -29,7 +29,7 @@ class CompileOptions:
         bits_overrides: (pattern, bits) pairs; the last match wins.
         lm_head_bits: Quantize the output head too, at this width.
         embedding_bits: Quantize token embeddings too, at 8 or 4 bits; a tied head shares the table.
-        method_options: Options of the method itself (for hqq: `solver`).
+        method_options: Options of the method itself (for hqq: `solver`, `tail_fraction` …).
         eval_text: Text file for the quality figures; None means the text that ships.
         eval_tokens: Tokens of it to score; 0 skips the evaluation.
         eval_context: Window length in tokens.

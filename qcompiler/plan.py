@@ -111,7 +111,9 @@ class CompilePlan:
 
 
 def make_plan(options: CompileOptions) -> CompilePlan:
-    """Capture the model and decide what happens to each linear. Reads shapes, never weights.
+    """Capture the model and decide what happens to each linear.
+
+    Reads shapes; weights only where an option is to be chosen by them.
 
     Raises:
         InvalidInputError: An option does not fit the method, the model or the machine.

@@ -11,6 +11,9 @@ form s = cov_u(q, w)/var_u(q) and leaves var_u(w) - cov_u(q, w)²/var_u(q), so a
 sums over the group. The last rounds are run on scales and zeros as stored, and the result is kept
 only where it beats plain rounding.
 
+With a tail (`tail_fraction`) the largest weights are kept beside the groups, which are solved without them:
+see `body_tail`.
+
 The importances u stand in for the inputs that a calibration-free method does not see. With c_j the
 size of column j (its mean magnitude) and y = w/c_j, u = c_j⁻²·sqrt(1 + y²): errors count relative to the
 column, so that a scale moved between an input feature and its column (as normalisation layers have
@@ -77,7 +80,10 @@ class HQQ(AffineMethod):
 
     def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """See `Method.validate`."""
-        resolved = super().validate(options)
+        given = dict(options or {})
+        if type(given.get("tail_fraction")) in (int, float):  # as one writes it in Python and YAML
+            given["tail_fraction"] = str(given["tail_fraction"])
+        resolved = super().validate(given)
         if parse_fraction(resolved["tail_fraction"]) != 0 and resolved["solver"] != "search":
             raise InvalidInputError(
                 "the published solver knows no tail", hint="Use the solver 'search', or a tail fraction of 0."

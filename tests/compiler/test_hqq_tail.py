@@ -103,7 +103,7 @@ def test_the_result_does_not_depend_on_the_chunks():
 
 def test_options_and_what_they_stand_for():
     assert HQQ.resolve_spec(3) == AffineSpec(3, 64)
-    assert HQQ.resolve_spec(3, 32, {"tail_fraction": "0.01", "tail_bits": 6}) == BodyTailSpec(3, 32, 0.01, 6)
+    assert HQQ.resolve_spec(3, 32, {"tail_fraction": 0.01, "tail_bits": 6}) == BodyTailSpec(3, 32, 0.01, 6)
     for wrong in ("half", "0.5", "-0.1", "nan"):
         with pytest.raises(InvalidInputError, match="tail fraction"):
             HQQ.validate({"tail_fraction": wrong})
