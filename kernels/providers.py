@@ -17,6 +17,7 @@ import qcompiler.kernels.ops  # noqa: F401  (registers the canonical ops)
 from qcompiler.kernels.cpu import linear_affine as cpu
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec, block_width
+from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, Lut4Spec
 from qcompiler.kernels.library import registered_ops
@@ -212,6 +213,19 @@ class AffineCpuDense(_AffineCpu):
         return kept, {}
 
 
+class BodyTailCpuDense(AffineCpuDense):
+    """Body and tail made one dense weight once, and a plain linear."""
+
+    op_name = "linear_body_tail"
+
+    def _dense(self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]) -> torch.Tensor:
+        bits, group_size = attrs["bits"], attrs["group_size"]
+        fraction, tail_bits = attrs["tail_fraction"], attrs["tail_bits"]
+        spec = BodyTailSpec(bits, group_size, fraction, tail_bits, tensors["scales"].dtype)
+        stored = _stored(tensors) | {part: tensors[part] for part in ("tail", "tail_scales")}
+        return BODY_TAIL.dequantize(spec, stored, attrs["in_features"], self.dtype)
+
+
 class _GroupedCpuDense(Provider):
     """Expert weights dequantized once into the activations' dtype, and a plain grouped linear."""
 
@@ -312,6 +326,7 @@ _PROVIDERS: tuple[type[Provider], ...] = (
     AffineCpuInt4,
     AffineCpuInt8,
     AffineCpuDense,
+    BodyTailCpuDense,
     GroupedAffineCpuDense,
     GroupedLut4CpuDense,
     GroupedInt8CpuDense,

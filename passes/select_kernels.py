@@ -22,14 +22,17 @@ from qcompiler.passes.graph_utils import (
     insert_attribute,
     insert_call,
     is_parameter,
+    op_name,
     replace,
     set_attribute,
 )
 from qcompiler.passes.weights import weight_of
 
+_ops = torch.ops.qcompiler
+
 
 class SelectKernels(Pass):
-    """`linear_affine` → the op of the provider that is best for a device.
+    """`linear_affine` and `linear_body_tail` → the op of the provider that is best for a device.
 
     Args:
         device: Where the graph will run.
@@ -47,7 +50,7 @@ class SelectKernels(Pass):
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
         for node in list(gm.graph.nodes):
-            if not calls(node, torch.ops.qcompiler.linear_affine.default):
+            if not calls(node, _ops.linear_affine.default, _ops.linear_body_tail.default):
                 continue
             reason = self._select(gm, node)
             if reason is None:
@@ -70,7 +73,7 @@ class SelectKernels(Pass):
         if any(tensor.is_meta for tensor in tensors.values()):
             return "its weights are on meta; the choice is made where they are loaded"
         provider = select_provider(
-            "linear_affine", attributes, tensors, self.device, dtype_of(x), lean=self.lean
+            str(op_name(node)), attributes, tensors, self.device, dtype_of(x), lean=self.lean
         )
         if provider.op is node.target:
             return f"the canonical op is the best for {self.device}"

@@ -118,7 +118,7 @@ class Estimate:
 
 
 def dry_run(options: CompileOptions, progress: Progress | None = None) -> Estimate:
-    """Plan a compilation and say what it would need. Reads no weights and writes nothing."""
+    """Plan a compilation and say what it would need. Writes nothing."""
     plan = make_plan(options)
     for note in plan.captured.notes:
         (progress or Progress()).note(note)

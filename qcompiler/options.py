@@ -38,7 +38,7 @@ class CompileOptions:
         lm_head_bits: Quantize the output head too, at this width.
         embedding_bits: Quantize token embeddings too, at 8 or 4 bits; a tied head shares the table.
         kv_bits: The KV cache: "16" as it is, "8" or "4" bits per value, or "fp8".
-        method_options: Options of the method itself (for hqq: `solver`).
+        method_options: Options of the method itself (for hqq: `solver`, `tail_fraction` …).
         eval_text: Text file for the quality figures; None means the text that ships.
         eval_tokens: Tokens of it to score; 0 skips the evaluation.
         eval_context: Window length in tokens.

@@ -28,7 +28,9 @@ from qcompiler.passes import (
     QuantizeLinears,
     canonical_passes,
 )
+from qcompiler.passes.graph_utils import is_parameter
 from qcompiler.passes.quantize_linears import linear_like, linear_name
+from qcompiler.passes.weights import layer_name, recipe_of, resolve
 from qcompiler.report import SkippedLayer
 
 if TYPE_CHECKING:
@@ -124,7 +126,9 @@ class CompilePlan:
 def make_plan(
     options: CompileOptions, *, opened: Callable[[ModelSource], None] = lambda _source: None
 ) -> CompilePlan:
-    """Capture the model and decide what happens to each linear. Reads shapes, never weights.
+    """Capture the model and decide what happens to each linear.
+
+    Reads shapes; weights only where an option is to be chosen by them.
 
     Args:
         options: What to compile, and how.
@@ -166,6 +170,10 @@ def plan_layers(plan: CompilePlan, formats: Mapping[str, Any] | None = None) -> 
     options, captured, method, method_options = plan.options, plan.captured, plan.method, plan.method_options
     formats = formats or {}
     layer_plan = LayerPlan(options, head_names=output_heads(captured.graph))
+    method_options = method.settle(
+        options.bits, options.group_size, method_options, lambda: sample_weights(plan.source, captured.graph)
+    )
+    experts = expert_names(captured.graph)
 
     def choose(name: str, out_features: int, in_features: int) -> Any:
         bits = layer_plan.bits_for(name) if method.quantizes else f"--method {method.name}"
@@ -173,7 +181,8 @@ def plan_layers(plan: CompilePlan, formats: Mapping[str, Any] | None = None) -> 
             return bits
         if name in formats:
             return formats[name]
-        return method.resolve_spec(bits, options.group_size, method_options)
+        chosen = method.plain(method_options) if name in experts else method_options
+        return method.resolve_spec(bits, options.group_size, chosen)
 
     quantized_graph = copy.deepcopy(captured.graph)
     embedding_method = pick_embedding_method(method) if options.embedding_bits else None
@@ -196,6 +205,7 @@ def plan_layers(plan: CompilePlan, formats: Mapping[str, Any] | None = None) -> 
         )
     plan = replace(
         plan,
+        method_options=method_options,
         quantized_graph=quantized_graph,
         layers=layers,
         skipped=skipped,
@@ -215,6 +225,33 @@ def pick_method(options: CompileOptions) -> Method:
     return get_method(options.method)
 
 
+def expert_names(gm: GraphModule) -> frozenset[str]:
+    """Names of the layers that are expert weights of grouped linears."""
+    grouped = torch.ops.qcompiler.grouped_linear.default
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is grouped]
+    return frozenset(layer_name(str(node.args[1].target)) for node in nodes if is_parameter(node.args[1]))
+
+
+def sample_weights(source: ModelSource, gm: GraphModule, most: int = 6, rows: int = 32) -> list[torch.Tensor]:
+    """Rows of some of the linears of a canonical graph, evenly spread, from the checkpoint.
+
+    Raises:
+        InvalidInputError: The model has no weights, or no linear.
+    """
+    if source.checkpoint is None:
+        raise InvalidInputError(f"{source.name} has no weights to choose by")
+    nodes = [node for node in gm.graph.nodes if linear_like(node) and is_parameter(node.args[1])]
+    heads = output_heads(gm)
+    names = [str(node.args[1].target) for node in nodes if linear_name(node) not in heads]
+    if not names:
+        raise InvalidInputError(f"{source.name} has no linear to choose by")
+    samples = []
+    for name in names[:: -(-len(names) // most)]:
+        weight = resolve(recipe_of(gm, name), source.checkpoint.tensor)
+        samples.append(weight[:: -(-weight.shape[0] // rows)].float())
+    return samples
+
+
 def pick_embedding_method(method: Method) -> Method:
     """The method itself if its format can be gathered from, else round to nearest."""
     return method if isinstance(get_format(method.format_name), EmbeddingFormat) else get_method("rtn")
@@ -229,7 +266,7 @@ def quantize_embeddings(options: CompileOptions, layer_plan: LayerPlan, method: 
             return bits
         if method.name != options.method:
             return method.resolve_spec(bits)
-        return method.resolve_spec(bits, options.group_size, options.method_options)
+        return method.resolve_spec(bits, options.group_size, method.plain(options.method_options))
 
     return QuantizeEmbeddings(choose, share=layer_plan.shares_embedding)
 

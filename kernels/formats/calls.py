@@ -17,6 +17,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.additive import AdditiveSpec
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.kernels.formats.base import TensorSpec
+from qcompiler.kernels.formats.body_tail import BodyTailSpec
 from qcompiler.kernels.formats.int8_channel import Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import Lut4Spec
 from qcompiler.kernels.formats.plugins import plugin_of
@@ -110,6 +111,15 @@ def _additive(call: Call, parts: dict[str, TensorSpec]) -> tuple[AdditiveSpec, i
     return AdditiveSpec(shape[1], _integer(call, "bits"), shape[3]), _integer(call, "in_features")
 
 
+def _body_tail(call: Call, parts: dict[str, TensorSpec]) -> tuple[BodyTailSpec, int]:
+    fraction = call.get("tail_fraction")
+    if type(fraction) is not float:
+        raise InvalidInputError(f"tail_fraction is {fraction!r}, not a number")
+    bits, group_size, tail_bits = (_integer(call, name) for name in ("bits", "group_size", "tail_bits"))
+    spec = BodyTailSpec(bits, group_size, fraction, tail_bits, parts["scales"].dtype)
+    return spec, _integer(call, "in_features")
+
+
 def _integer(call: Call, name: str) -> int:
     value = call.get(name)
     if type(value) is not int:
@@ -129,12 +139,20 @@ _READERS: dict[str, _Reader] = {
     "linear_lut4": (_LUT4_PARTS, _lut4),
     "linear_int8": (("codes", "scales"), _int8),
     "linear_llm_int8": (("codes", "scales"), _int8),
+    "linear_body_tail": ((*_AFFINE_PARTS, "tail", "tail_scales"), _body_tail),
     "linear_additive": (("codes", "codebooks", "scales", "rows"), _additive),
 }
 
 # Our ops that stand for `linear(x, weight, bias)` over a quantized weight; see `is_linear_op`.
 QUANTIZED_LINEARS = frozenset(
-    {"linear_affine", "linear_lut4", "linear_int8", "linear_llm_int8", "linear_additive"}
+    {
+        "linear_affine",
+        "linear_body_tail",
+        "linear_lut4",
+        "linear_int8",
+        "linear_llm_int8",
+        "linear_additive",
+    }
 )
 
 # Ops that stand for `grouped_linear(x, weight, offsets, bias)` over a quantized weight.

@@ -13,6 +13,19 @@ from qcompiler.kernels.tuning.tables import LinearConfig, load_table, token_buck
 _SUM_BLOCK = 512
 
 
+def measured_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig | None:
+    """The tuning table's entry, or None where nothing was measured; arguments as for `choose_config`."""
+    gpu, _ = _device(x.device)
+    dtype = str(x.dtype).removeprefix("torch.")
+    key = f"{weight_key}/n{out_features}-k{x.shape[1]}/m{token_bucket(x.shape[0])}/{dtype}"
+    return load_table(gpu).get(key) if gpu else None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; a few where there are none."""
+    return _device(device)[1]
+
+
 def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig:
     """The tuning table's entry for this op, format, shape and number of tokens, or a sane one.
 

@@ -15,6 +15,8 @@ from qcompiler.kernels.errors import InvalidInputError
 # parameter name of the command -> (method, option of the method)
 FLAGS = {
     "hqq_solver": ("hqq", "solver"),
+    "tail_fraction": ("hqq", "tail_fraction"),
+    "tail_bits": ("hqq", "tail_bits"),
     "quant_type": ("bnb", "quant_type"),
     "double_quant": ("bnb", "double_quant"),
     "outlier_threshold": ("bnb", "outlier_threshold"),
@@ -28,6 +30,12 @@ _TABLES = click.Choice(["nf4", "fp4"])
 
 _DECORATORS = (
     click.option("--hqq-solver", type=_SOLVERS, help="hqq: ours (search), or the published one."),
+    click.option(
+        "--tail-fraction",
+        metavar="F|auto",
+        help="hqq: part of the weights kept beside the body, log-coded [0].",
+    ),
+    click.option("--tail-bits", type=int, help="hqq: bits of such a weight [8]."),
     click.option("--quant-type", type=_TABLES, help="bnb, 4 bits: table of values [nf4]."),
     click.option(
         "--double-quant/--no-double-quant", default=None, help="bnb, 4 bits: absmax in 8 bits [on]."

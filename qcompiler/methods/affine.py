@@ -22,7 +22,7 @@ from qcompiler.methods.integer_zeros import OPTION as ZEROS
 from qcompiler.methods.integer_zeros import integer_groups
 
 # Weights worked on together: a few MB of fp32 temporaries, past which calls cost nothing; more fill a GPU.
-_CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+CHUNK_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 class Groups(NamedTuple):
@@ -121,7 +121,7 @@ class AffineMethod(Method):
     ) -> Solution:
         rows, columns = weight.shape
         if chunk_weights is None:
-            chunk_weights = _CHUNK_WEIGHTS.get(weight.device.type, 1 << 20)
+            chunk_weights = CHUNK_WEIGHTS.get(weight.device.type, 1 << 20)
         statistics = self.statistics(weight, options)
         codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
         scales = torch.empty((rows, columns // size), dtype=torch.float32, device=weight.device)
@@ -136,7 +136,7 @@ class AffineMethod(Method):
             if options["zeros"] == "integer":
                 found = Groups(*integer_groups(groups, spec, importance, self.clips(spec)))
             else:
-                found = _constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
+                found = constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
             codes[start : start + step] = found.codes.reshape(part.shape).to(torch.uint8)
             scales[start : start + step] = found.scales.reshape(part.shape[0], -1)
             zeros[start : start + step] = found.zeros.reshape(part.shape[0], -1)
@@ -234,7 +234,7 @@ def store(scales: Tensor, offsets: Tensor, largest: Tensor, spec: AffineSpec) ->
     return scales, zeros + 0.0  # no negative zero
 
 
-def _constant_groups_exact(values: Tensor, found: Groups, spec: AffineSpec) -> Groups:
+def constant_groups_exact(values: Tensor, found: Groups, spec: AffineSpec) -> Groups:
     """Groups of one value c as code 0 with scale 2^k, zero -c/2^k: c keeps all bits that a zero point has."""
     low, high = values.aminmax(dim=1, keepdim=True)
     constant = low == high

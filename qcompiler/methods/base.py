@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,6 +109,27 @@ class Method(ABC):
         Raises:
             InvalidInputError: Wrong options, or a weight that is not a finite float matrix.
         """
+
+    def settle(
+        self,
+        bits: int,
+        group_size: int | None,
+        options: Mapping[str, Any],
+        samples: Callable[[], list[Tensor]],
+    ) -> dict[str, Any]:
+        """Options with what depends on the model's weights decided; most methods have nothing to decide.
+
+        Args:
+            bits: Bits per code of most weights.
+            group_size: As for `resolve_spec`.
+            options: The method's options, complete.
+            samples: Reads rows of some of the weights to quantize, each [rows, in_features], when called.
+        """
+        return dict(options)
+
+    def plain(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options for weights that only `format_name` has ops for: experts and embeddings."""
+        return dict(options)
 
     def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Check options and fill in the defaults.

@@ -11,6 +11,9 @@ form s = cov_u(q, w)/var_u(q) and leaves var_u(w) - cov_u(q, w)²/var_u(q), so a
 sums over the group. The last rounds are run on scales and zeros as stored, and the result is kept
 only where it beats plain rounding.
 
+With a tail (`tail_fraction`) the largest weights are kept beside the groups, which are solved without them:
+see `body_tail`.
+
 The importances u stand in for the inputs that a calibration-free method does not see. With c_j the
 size of column j (its mean magnitude) and y = w/c_j, u = c_j⁻²·sqrt(1 + y²): errors count relative to the
 column, so that a scale moved between an input feature and its column (as normalisation layers have
@@ -20,7 +23,7 @@ it) changes nothing, and large weights count somewhat more than small ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,9 +32,11 @@ from torch import Tensor
 from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AffineSpec
+from qcompiler.kernels.formats.body_tail import TAIL_BITS, BodyTailSpec
 from qcompiler.methods import fused_affine, hqq_reference
 from qcompiler.methods.affine import AffineMethod, Groups, Solution, check_range, check_weight, store
 from qcompiler.methods.base import MethodOption
+from qcompiler.methods.body_tail import AUTO, FRACTIONS, choose_fraction, parse_fraction, quantize_body_tail
 from qcompiler.methods.integer_zeros import OPTION as ZEROS
 
 # The fewer the levels, the more of a group's range the best line leaves out.
@@ -60,16 +65,74 @@ class HQQ(AffineMethod):
             "search: ours, lower error at the same size; reference: the published solver, exactly",
         ),
         "zeros": ZEROS,
+        "tail_fraction": MethodOption(
+            "0", None, "part of the weights beside the body, coded logarithmically; auto: by their error"
+        ),
+        "tail_bits": MethodOption(8, TAIL_BITS, "bits of such a weight, sign and logarithm"),
     }
 
     def validate(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """See `Method.validate`; the published solver knows no integer zero points."""
-        resolved = super().validate(options)
-        if resolved["solver"] == "reference" and resolved["zeros"] == "integer":
+        """See `Method.validate`; the published solver knows no tail and no integer zero points."""
+        given = dict(options or {})
+        if type(given.get("tail_fraction")) in (int, float):  # as one writes it in Python and YAML
+            given["tail_fraction"] = str(given["tail_fraction"])
+        resolved = super().validate(given)
+        if parse_fraction(resolved["tail_fraction"]) != 0 and resolved["solver"] != "search":
             raise InvalidInputError(
-                "the published hqq solver has no integer zero points", hint="Drop --hqq-solver reference."
+                "the published solver knows no tail", hint="Use the solver 'search', or a tail fraction of 0."
             )
+        if resolved["zeros"] == "integer":
+            if resolved["solver"] == "reference":
+                raise InvalidInputError(
+                    "the published hqq solver has no integer zero points",
+                    hint="Drop --hqq-solver reference.",
+                )
+            if parse_fraction(resolved["tail_fraction"]) != 0:
+                raise InvalidInputError(
+                    "a body beside a tail has no integer zero points", hint="Drop --tail-fraction."
+                )
         return resolved
+
+    def resolve_spec(
+        self, bits: int, group_size: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See `Method.resolve_spec`: affine, or body_tail where the options ask for a tail.
+
+        Before `settle` has chosen a fraction, `auto` stands for the smallest on offer.
+        """
+        spec = super().resolve_spec(bits, group_size)
+        resolved = self.validate(options)
+        fraction = parse_fraction(resolved["tail_fraction"])
+        if fraction == 0:
+            return spec
+        fraction = FRACTIONS[0] if fraction is None else fraction
+        return BodyTailSpec(spec.bits, spec.group_size, fraction, resolved["tail_bits"], spec.scale_dtype)
+
+    def settle(
+        self,
+        bits: int,
+        group_size: int | None,
+        options: Mapping[str, Any],
+        samples: Callable[[], list[Tensor]],
+    ) -> dict[str, Any]:
+        """See `Method.settle`: `auto` becomes a fraction."""
+        resolved = self.validate(options)
+        if resolved["tail_fraction"] != AUTO:
+            return resolved
+        spec = self.resolve_spec(bits, group_size, resolved)
+        return {**resolved, "tail_fraction": str(choose_fraction(self, samples(), spec, resolved))}
+
+    def plain(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Method.plain`: no tail."""
+        return {**options, "tail_fraction": "0"}
+
+    def quantize(
+        self, weight: Tensor, spec: Any, options: Mapping[str, Any] | None = None, *, name: str = "weight"
+    ) -> dict[str, Tensor]:
+        """See `Method.quantize`."""
+        if isinstance(spec, BodyTailSpec):
+            return quantize_body_tail(self, weight, spec, self.validate(options), name=name)
+        return super().quantize(weight, spec, options, name=name)
 
     def solve(
         self,

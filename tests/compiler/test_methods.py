@@ -155,7 +155,7 @@ def test_unknown_names_widths_and_options_are_refused_with_the_known_ones():
         get_method("hqq").validate({"solver": "fast"})
     with pytest.raises(InvalidInputError, match="takes str"):
         get_method("hqq").validate({"solver": 3})
-    assert get_method("hqq").validate() == {"solver": "search", "zeros": "float"}
+    assert get_method("hqq").validate()["solver"] == "search"
 
 
 def test_a_method_can_be_registered(monkeypatch):

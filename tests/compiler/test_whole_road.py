@@ -127,6 +127,7 @@ METHODS = [
     ("bnb", ["--bits", "8"], "int8_channel", 5e-2),
     ("eetq", [], "int8_channel", 1e-4),
     ("hqq", ["--bits", "3"], "affine", 1e-4),
+    ("hqq", ["--bits", "3", "--tail-fraction", "0.01"], "body_tail", 1e-4),
     ("gptq", ["--bits", "4", "--calib-tokens", "512"], "affine", 1e-4),
     (
         "aqlm",

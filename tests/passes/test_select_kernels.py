@@ -8,6 +8,7 @@ from torch import nn
 
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.kernels.formats.base import get_format
+from qcompiler.kernels.formats.body_tail import BodyTailSpec
 from qcompiler.passes import QuantizeLinears, SelectKernels
 
 AFFINE = "qcompiler.linear_affine.default"
@@ -46,6 +47,23 @@ def test_a_cpu_gets_torchs_own_low_bit_ops(lab, spec, op):
     names = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
     assert not any(name.endswith(("low", "high")) for name in names)
     assert "0.bias" in names  # kept under its own name
+
+
+def test_a_cpu_makes_body_and_tail_dense(lab):
+    spec = BodyTailSpec(3, 32, 0.02)
+
+    def pack(name, weight, spec):
+        body = random_codes(name, weight, spec.body)
+        chosen = torch.zeros(weight.shape, dtype=torch.bool)
+        chosen[:, 7] = True
+        return get_format("body_tail").pack(spec, body, weight, chosen)
+
+    x = torch.randn(3, 64)
+    gm = lab.export(nn.Linear(64, 96), x)
+    QuantizeLinears(lambda *_: spec, pack).run(gm)
+    _, difference = lab.check_run(SelectKernels("cpu"), gm, x, matched=1)
+    assert lab.ops(gm)["qcompiler.linear_affine_cpu_dense.default"] == 1
+    assert difference <= 1e-5
 
 
 def test_where_the_canonical_op_is_best_it_stays(lab):
