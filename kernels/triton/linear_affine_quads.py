@@ -175,7 +175,7 @@ def linear_affine_quads(
                     even, odd = _word_floats(rows[r][0][3], rows[r][1][3], j, BITS, COMPILED)
                     t += even * e3
                     t += odd * o3
-                    side = rows[r][2][j * WIDTH // GROUP] if SIDES > 1 else rows[r][2][0]
+                    side = rows[r][2][j * WIDTH // GROUP] if SIDES > 1 else rows[r][2][0]  # type: ignore[var-annotated]
                     scale, offset = side_floats(side, HALF)
                     grown = grown + (sums[m * BN + r] + (scale * t + offset * total),)  # type: ignore[assignment]
             sums = grown
