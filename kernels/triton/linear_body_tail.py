@@ -92,11 +92,12 @@ def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig
     if tokens > 512:
         return LinearConfig("dense")
     if tokens > 64:
-        return LinearConfig("gemm", 128, 128, 1, 8, 2)
-    block_n = 128 if n >= 128 * sms else 64
-    programs = -(-n // block_n)
+        block_n, block_m, warps, stages = 128, 128, 8, 2
+    else:
+        block_n, block_m, warps, stages = 128 if n >= 128 * sms else 64, max(8, token_bucket(tokens)), 4, 3
+    programs = -(-n // block_n) * -(-tokens // block_m)
     split = max(1, min(2 * sms // programs, k // 1024, 8))
-    return LinearConfig("gemm", block_n, max(8, token_bucket(tokens)), split, 4, 3)
+    return LinearConfig("gemm", block_n, block_m, split, warps, stages)
 
 
 def _fused(

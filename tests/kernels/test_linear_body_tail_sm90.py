@@ -14,14 +14,11 @@ VARIANTS = {
     "one token": ("gemm", 3, 128, 8, 4, 4, 3, 4.2),
     "one token, few rows": ("gemm", 3, 64, 8, 4, 4, 3, 5.2),
     "16 tokens": ("gemm", 3, 64, 16, 4, 4, 3, 5.6),
-    "16 tokens, 2 bits": ("gemm", 2, 64, 16, 4, 4, 3, 4.4),
     "16 tokens, 4 bits": ("gemm", 4, 64, 16, 4, 4, 3, 4.0),
     "64 tokens": ("gemm", 3, 64, 64, 2, 4, 3, 7.0),
     "512 tokens": ("gemm", 3, 128, 128, 1, 8, 2, 6.8),
-    "8 bits": ("gemm", 8, 64, 16, 4, 4, 3, None),
     "ragged fp16": ("gemm", 3, 64, 8, 4, 4, 3, None),
     "gemv": ("gemv", 3, 32, 1, 16, 8, 2, 6.7),
-    "gemv, 4 bits": ("gemv", 4, 16, 1, 16, 8, 2, None),
     "gemv float32": ("gemv", 3, 16, 4, 16, 8, 2, None),
 }
 
