@@ -68,8 +68,10 @@ def test_the_search_finds_what_the_solver_in_torch_finds(target, bits, size, col
     wanted = objective(w, *expected, spec)
     # Row 5 is narrow and far from zero, where storage decides more than the search.
     usual = [row for row in range(24) if row != 5]
-    # Lines as good to within fp32 of the gain are many where there are many levels.
-    assert found[usual].sum() <= wanted[usual].sum() * (1 + (1e-4 if bits < 5 else 3e-3))
+    # Lines as good to within fp32 of the gain are many where there are many levels; a matrix of many groups,
+    # below, does not show that one of them took another.
+    tolerance = (1e-4 if target[0] == "cpu" else 1e-3) if bits < 5 else 3e-3
+    assert found[usual].sum() <= wanted[usual].sum() * (1 + tolerance)
     assert found[5] <= wanted[5] * 1.05
     same = (scales.t().float() == expected.scales) & (zeros.t().float() == expected.zeros)
     assert same[usual].float().mean() > (0.95 if bits < 5 else 0.5)
@@ -169,8 +171,12 @@ def test_a_weight_on_a_gpu_is_quantized_by_the_kernel_always_to_the_same_bytes(m
         for part, tensor in first.items():
             assert torch.equal(tensor, second[part])
             assert (tensor.dtype, tensor.shape) == (on_cpu[part].dtype, on_cpu[part].shape)
-        errors = []
-        for tensors in (first, {part: tensor.cuda() for part, tensor in on_cpu.items()}):
-            codes, scales, zeros = AFFINE.unpack(spec, tensors, w.shape[1])
-            errors.append(objective(w, codes, scales, zeros, spec).sum())
-        assert errors[0] <= errors[1] * 1.003
+        found, wanted = (
+            objective(
+                w, *AFFINE.unpack(spec, {part: t.cuda() for part, t in tensors.items()}, w.shape[1]), spec
+            )
+            for tensors in (first, on_cpu)
+        )
+        usual = [row for row in range(w.shape[0]) if row != 5]  # see above
+        assert found[usual].sum() <= wanted[usual].sum() * (1 + (1e-4 if bits < 5 else 3e-3))
+        assert found[5] <= wanted[5] * 1.05
