@@ -35,21 +35,36 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def linear(result: dict[str, Any]) -> str:
     """Microseconds of linear layers."""
-    head = ["out x in", "bits", "tokens", "ours, µs", "bf16 cuBLAS", "tinygemm", "read ceiling"]
+    known = {"us", "bf16_us", "read_ceiling_us"}
+    peers = sorted({key for r in result["rows"] for key in r if key.endswith("_us") and key not in known})
+    names = [peer.removesuffix("_us").replace("_", " ") for peer in peers]
+    head = [
+        "format",
+        "out x in",
+        "tokens",
+        "ours, µs",
+        "over bf16",
+        "of read ceiling",
+        "bf16 cuBLAS, µs",
+        *names,
+    ]
     rows = [
         [
+            r["case"],
             f"{r['n']}x{r['k']}",
-            r["bits"],
             r["tokens"],
             number(r["us"]),
-            number(r["cublas_us"]),
-            number(r["tinygemm_us"]),
-            number(r["read_ceiling_us"]),
+            number(r["bf16_us"] / r["us"], 2),
+            number(r["read_ceiling_us"] / r["us"], 2),
+            number(r["bf16_us"]),
+            *(number(r.get(peer)) for peer in peers),
         ]
         for r in result["rows"]
     ]
-    of = result["environment"]
-    return f"{of['gpu']}, torch {of['torch']}, triton {of['triton']}.\n\n{markdown(head, rows)}"
+    of = result["machine"]
+    facts = f"{of['gpu']}, torch {of['torch']}, triton {of['triton']}"
+    rates = f"copy {of['copy_tb_per_second']:.2f} TB/s, bf16 {of['bf16_tflop_per_second']:.0f} TFLOP/s"
+    return f"{facts}, {rates}.\n\n{markdown(head, rows)}"
 
 
 def attention(result: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from qcompiler.kernels.ops.linear_additive import check_linear_additive
 from qcompiler.kernels.triton.linear_additive_tables import additive_sums_kernel, additive_tables_kernel
 
 _MAX_LOOKUP_TOKENS = 4
-_MAX_TABLE_TOKENS = 16
+_MAX_TABLE_TOKENS = 1  # with more, measured on an H100, tables of several tokens lose to looking up
 _TABLE_COLUMNS = 32  # one for each lane of a warp and each bank of shared memory
 # Programs wanted on the device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 528

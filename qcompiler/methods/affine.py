@@ -66,7 +66,7 @@ class AffineMethod(Method):
         """See `Method.quantize`; on a GPU with Triton by one kernel where the method has one."""
         resolved = self.validate(options)
         # Integer zero points are searched in torch.
-        if resolved["zeros"] == "float" and fused_affine.available(weight, spec):
+        if resolved.get("zeros") != "integer" and fused_affine.available(weight, spec):
             tensors = self.fused(weight, spec, resolved, name)
             if tensors is not None:
                 return tensors
@@ -133,7 +133,7 @@ class AffineMethod(Method):
             if importance is not None:
                 importance = importance.reshape(-1, size)
             groups = part.reshape(-1, size)
-            if options["zeros"] == "integer":
+            if options.get("zeros") == "integer":
                 found = Groups(*integer_groups(groups, spec, importance, self.clips(spec)))
             else:
                 found = constant_groups_exact(groups, self.solve_groups(groups, spec, importance), spec)
