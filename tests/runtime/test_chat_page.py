@@ -107,12 +107,14 @@ def chat(server, *messages, **options):
 def test_a_message_is_answered_piece_by_piece(page, server):
     expected = chat(server, QUESTION, temperature=0, max_tokens=48)
     page.set(temperature=0, max=48)
+    page.browser.execute_script(
+        "window.lengths = new Set(); const talk = document.querySelector('#talk');"
+        "const look = () => lengths.add(talk.querySelector('.assistant .body')?.textContent.length);"
+        "new MutationObserver(look).observe(talk, { childList: true, subtree: true })"
+    )
     page.ask(QUESTION)
-    seen = set()
-    page.wait(lambda: page.all(".message.running") or page.answer)
-    while page.all(".message.running"):
-        seen.add(len(page.answer))
-    page.finished()
+    page.wait(lambda: page.all(".facts"))
+    seen = page.browser.execute_script("return [...lengths].filter(length => length > 0)")
     assert len(seen) > 3  # it grew before our eyes
     assert page.answer == expected.lstrip()
     assert page.one(".message.user .body").text == QUESTION
