@@ -26,7 +26,8 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qcompiler.kernels.ops  # noqa: F401
-from qcompiler.kernels.formats.kv_cache import KV_BITS, kv_format, kv_format_of_bits
+from qcompiler.kernels.formats.kv_cache import kv_format
+from qcompiler.kernels.kv_bits import KV_BITS, kv_format_of_bits
 from qcompiler.runtime.pages import PageSpec, allocate_pages
 
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

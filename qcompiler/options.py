@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.kv_cache import kv_format_of_bits
+from qcompiler.kernels.kv_bits import kv_format_of_bits
 
 EMBEDDING_BITS = (8, 4)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")

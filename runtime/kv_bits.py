@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.kv_cache import KVFormat, kv_format, kv_format_of_bits
+from qcompiler.kernels.formats.kv_cache import KVFormat, kv_format
+from qcompiler.kernels.kv_bits import kv_format_of_bits
 from qcompiler.runtime.graph import Graph, Input, Node, Ref, bind
 
 _APPEND = "qcompiler.kv_append"

@@ -123,7 +123,6 @@ class KVFormat:
 
 KV_FORMATS = {f.name: f for f in (KVFormat("int8", 8), KVFormat("int4", 4), KVFormat("fp8", 8))}
 # What a user asks for: "16" is the plain cache.
-KV_BITS: dict[str, str | None] = {"16": None, "8": "int8", "4": "int4", "fp8": "fp8"}
 
 
 def smallest_scale(name: str) -> float:
@@ -143,19 +142,6 @@ def kv_format(name: str) -> KVFormat:
             f"{name!r} is not a format of the KV cache", hint=f"Choose from {', '.join(KV_FORMATS)}."
         )
     return found
-
-
-def kv_format_of_bits(bits: str | int) -> str | None:
-    """The format that `--kv-bits` names, None for the plain cache.
-
-    Raises:
-        InvalidInputError: it is none of 16, 8, 4 and fp8.
-    """
-    if str(bits) not in KV_BITS:
-        raise InvalidInputError(
-            f"the KV cache cannot have {bits} bits", hint=f"Choose from {', '.join(KV_BITS)}."
-        )
-    return KV_BITS[str(bits)]
 
 
 def check_pages(

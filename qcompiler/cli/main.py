@@ -13,7 +13,7 @@ from qcompiler import __version__
 from qcompiler.cli.config_file import apply_config
 from qcompiler.cli.method_flags import collect, method_flags, typed
 from qcompiler.kernels.errors import InvalidInputError, QCompilerError
-from qcompiler.kernels.formats.kv_cache import KV_BITS
+from qcompiler.kernels.kv_bits import KV_BITS
 from qcompiler.options import DTYPES, SENSITIVITIES, CompileOptions, parse_bits, parse_size
 
 if TYPE_CHECKING:

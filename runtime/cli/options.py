@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.kv_cache import KV_BITS
+from qcompiler.kernels.kv_bits import KV_BITS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.formats.kv_cache import KV_FORMATS, kv_format, kv_format_of_bits
+from qcompiler.kernels.formats.kv_cache import KV_FORMATS, kv_format
+from qcompiler.kernels.kv_bits import kv_format_of_bits
 
 DIMS = [1, 8, 24, 40, 64, 80, 128]
 
