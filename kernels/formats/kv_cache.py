@@ -122,7 +122,6 @@ class KVFormat:
 
 
 KV_FORMATS = {f.name: f for f in (KVFormat("int8", 8), KVFormat("int4", 4), KVFormat("fp8", 8))}
-# What a user asks for: "16" is the plain cache.
 
 
 def smallest_scale(name: str) -> float:
