@@ -134,6 +134,8 @@ def linear_body_tail_gemm(
     x += pid_m * BM * x_stride
     x_rows = tl.arange(0, BM) * x_stride
     column = tl.arange(0, LANES // 2)
+    # Where the two codes of a word begin, as `position` of the even one.
+    pair_position = (2 * column // WIDTH) * BLOCK + 2 * column % WIDTH
     word_rows = row.to(tl.int64)[:, None] * words
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
@@ -168,7 +170,8 @@ def linear_body_tail_gemm(
                     scale = scale[:, None]
                     offset = offset[:, None]
                 else:
-                    groups = tl.minimum(k // GROUP, GROUPS - 1) if GROUP else k * 0
+                    first_k = tile * TILE + j * WIDTH + pair_position
+                    groups = tl.minimum(first_k // GROUP, GROUPS - 1) if GROUP else first_k * 0
                     scale, offset = _scale_and_offset(
                         scales, zeros, groups[None, :] * N + row[:, None], CENTRE
                     )
