@@ -45,6 +45,7 @@ GROUP_SIZES = (0, 16, 32, 64, 128, 256)
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _LOW_BITS = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
+PLANES = {bits: 16 // low for bits, low in _LOW_BITS.items()}
 _HIGH_DTYPE = {3: torch.int16, 5: torch.uint8, 6: torch.int16}
 _MAX_BLOCK = 256
 
@@ -125,7 +126,7 @@ class AffineSpec:
 
 def block_width(bits: int, group_size: int, in_features: int) -> int:
     """Codes per plane of a block; see the order of the codes at the top of this file."""
-    planes = 16 // _LOW_BITS[bits]
+    planes = PLANES[bits]
     widths = [
         width
         for width in (64, 32, 16, 8, 4, 2)
@@ -141,7 +142,7 @@ def block_width(bits: int, group_size: int, in_features: int) -> int:
 def words_per_row(bits: int, group_size: int, in_features: int) -> int:
     """Number of `low` words (and of `high` words) of one output channel."""
     width = block_width(bits, group_size, in_features)
-    block = width * 16 // _LOW_BITS[bits]
+    block = width * PLANES[bits]
     return -(-in_features // block) * width // 2
 
 

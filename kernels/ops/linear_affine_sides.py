@@ -12,6 +12,7 @@ import torch
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import (
+    PLANES,
     block_width,
     dequantize_affine,
     num_groups,
@@ -23,7 +24,6 @@ SCHEMA = (
     "linear_affine_sides(Tensor x, Tensor low, Tensor? high, Tensor sides, Tensor? bias, "
     "int bits, int group_size, int in_features) -> Tensor"
 )
-PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 
 
 def sides_per_block(bits: int, group_size: int, in_features: int) -> int:

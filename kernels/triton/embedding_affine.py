@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from qcompiler.kernels.formats.affine import block_width, num_groups
+from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.embedding_affine import check_embedding_affine
 from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 
-_PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 _BLOCK_TOKENS = 8
 
 
@@ -94,7 +93,7 @@ def embedding_affine_triton(
     width = block_width(bits, group_size, embedding_dim)
     grid = (
         triton.cdiv(ids.numel(), _BLOCK_TOKENS),
-        triton.cdiv(embedding_dim, _PLANES[bits] * max(width, 16)),
+        triton.cdiv(embedding_dim, PLANES[bits] * max(width, 16)),
     )
     with on_device(ids):
         embedding_affine_kernel[grid](

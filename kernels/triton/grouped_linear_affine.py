@@ -13,13 +13,11 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from qcompiler.kernels.formats.affine import block_width, num_groups
+from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.grouped_linear_affine import check_grouped_linear_affine
 from qcompiler.kernels.triton.expert_rows import expert_tile, experts_power_of_2, rows_of_program, store_tile
 from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_codes import dequantize_plane, spread_high
-
-_PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -156,7 +154,7 @@ def grouped_linear_affine_triton(
             rows, outputs, in_features, num_groups(group_size, in_features), low.shape[1], x.stride(0),
             EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts),
             BITS=bits, GROUP=group_size, WIDTH=width, BN=block_n, BM=block_m,
-            EVEN_K=in_features % (_PLANES[bits] * max(width, 16)) == 0, HAS_BIAS=bias is not None,
+            EVEN_K=in_features % (PLANES[bits] * max(width, 16)) == 0, HAS_BIAS=bias is not None,
             # float32 weights are read through fp16 bit patterns, which hold a code of 8 bits exactly
             HALF=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16, COMPILED=COMPILED and not exact,
             num_warps=warps, num_stages=stages,

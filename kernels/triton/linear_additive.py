@@ -1,6 +1,6 @@
 """Triton kernels of `qcompiler::linear_additive` and their launcher; format in `formats/additive.py`.
 
-- few tokens, one set of small codebooks: `linear_additive_tables` (its own file);
+- one token, one set of small codebooks: `linear_additive_tables` (its own file);
 - few tokens otherwise: `linear_additive_lookup` sums codewords and multiplies on the float32 units; a
   codeword is one 16-byte load (group size 8) from a table that stays in the caches;
 - many tokens: `linear_additive_gemm` dequantizes a tile and uses the tensor cores, the weight on the left so
@@ -18,10 +18,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
+from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_additive_tables import additive_sums_kernel, additive_tables_kernel
+from qcompiler.kernels.triton.linear_launch import split_target, sum_split
 
 _MAX_LOOKUP_TOKENS = 4
-_MAX_TABLE_TOKENS = 1  # with more, measured on an H100, tables of several tokens lose to looking up
+_TABLE_ROWS = 512  # of the output, summed by one program
 _TABLE_COLUMNS = 32  # one for each lane of a warp and each bank of shared memory
 # Programs wanted on the device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 528
@@ -185,19 +187,6 @@ def linear_additive_gemm(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
 
 
-@triton.jit
-def sum_parts(parts, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts in order, plus bias."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < MN
-    y = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in range(SPLIT):
-        y += tl.load(parts + part * MN + at, mask=mask, other=0.0)
-    if HAS_BIAS:
-        y += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
-
-
 COMPILED = not isinstance(linear_additive_gemm, InterpretedFunction)
 
 
@@ -222,7 +211,8 @@ def linear_additive_triton(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     groups = num_groups(group_size, in_features)
-    if bits == 8 and sets == 1 and tokens <= _MAX_TABLE_TOKENS:
+    # Measured on an H100: tables of several tokens lose to looking up.
+    if bits == 8 and sets == 1 and tokens == 1:
         y = _by_tables(flat, codes, codebooks, scales, bias)
         return y.view(*x.shape[:-1], out_features)
     lookup = tokens <= _MAX_LOOKUP_TOKENS
@@ -234,10 +224,9 @@ def linear_additive_triton(
     tiles_k = triton.cdiv(groups, block_g)
     per_split = triton.cdiv(tiles_k, max(1, min(tiles_k, 16, _PROGRAMS // tiles_n)))
     split = triton.cdiv(tiles_k, per_split)
-    out = x.new_empty((tokens, out_features))
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    out, target = split_target(flat, out_features, split)
     kernel = linear_additive_lookup if lookup else linear_additive_gemm
-    with torch.cuda.device(x.device) if x.is_cuda else torch.device(x.device):
+    with on_device(x):
         kernel[(tiles_n, split)](
             flat,
             codes,
@@ -265,7 +254,7 @@ def linear_additive_triton(
             num_warps=4,
             **({} if lookup else {"COMPILED": COMPILED, "num_stages": 3}),
         )
-        _sum(target, out, bias)
+        sum_split(target, bias, out)
     return out.view(*x.shape[:-1], out_features)
 
 
@@ -276,28 +265,22 @@ def _by_tables(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    tokens, in_features = x.shape
+    """One token, x [1, in_features]; codebooks of 8 bits, one set."""
     out_features, columns = codes.shape
     _, count, codewords, group_size = codebooks.shape
-    block_m = min(4, triton.next_power_of_2(tokens))
-    block_n, warps = {1: (512, 16), 2: (256, 8), 4: (128, 8)}[block_m]
     tiles = triton.cdiv(columns, _TABLE_COLUMNS)
-    chunks = triton.cdiv(tokens, block_m)
-    programs = triton.cdiv(out_features, block_n) * chunks
+    programs = triton.cdiv(out_features, _TABLE_ROWS)
     per_split = triton.cdiv(tiles, max(1, min(tiles, 32, _PROGRAMS // programs)))
     split = triton.cdiv(tiles, per_split)
-    tables = x.new_empty((tokens, tiles, codewords, _TABLE_COLUMNS), dtype=torch.float32)
-    out = x.new_empty((tokens, out_features))
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
-    with torch.cuda.device(x.device) if x.is_cuda else torch.device(x.device):
-        additive_tables_kernel[(tiles, codewords // 32, tokens)](
+    tables = x.new_empty((tiles, codewords, _TABLE_COLUMNS), dtype=torch.float32)
+    out, target = split_target(x, out_features, split)
+    with on_device(x):
+        additive_tables_kernel[(tiles, codewords // 32)](
             x,
             codebooks,
             tables,
-            in_features,
+            x.shape[1],
             columns,
-            tiles,
-            x.stride(0),
             COUNT=count,
             D=group_size,
             CODES=codewords,
@@ -305,40 +288,22 @@ def _by_tables(
             BJ=_TABLE_COLUMNS,
             num_warps=4,
         )
-        additive_sums_kernel[(triton.cdiv(out_features, block_n), split, chunks)](
+        additive_sums_kernel[(programs, split)](
             tables,
             codes,
             scales,
             bias if bias is not None else scales,
             target,
-            tokens,
             out_features,
             columns,
             tiles,
             per_split,
             0,
             CODES=codewords,
-            BN=block_n,
-            BM=block_m,
+            BN=_TABLE_ROWS,
             BJ=_TABLE_COLUMNS,
             SPLIT=split,
             HAS_BIAS=bias is not None and split == 1,
-            num_warps=warps,
+            num_warps=16,
         )
-        return _sum(target, out, bias)
-
-
-def _sum(target: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The sum of the parts of a split K; `target` is `out` where nothing was split."""
-    if target is not out:
-        sum_parts[(triton.cdiv(out.numel(), 512),)](
-            target,
-            bias if bias is not None else target,
-            out,
-            out.numel(),
-            out.shape[1],
-            SPLIT=target.shape[0],
-            HAS_BIAS=bias is not None,
-            BLOCK=512,
-        )
-    return out
+        return sum_split(target, bias, out)

@@ -1,4 +1,4 @@
-"""Additive linears for a few tokens by tables of partial sums (as CodeGEMM, arXiv 2512.17970, does it).
+"""Additive linears for one token by tables of partial sums (as CodeGEMM, arXiv 2512.17970, does it).
 
 A group of D inputs meets one codebook in 2^bits possible ways only. So the
 products of all codewords with x are formed once, table[code, column] = Σ_d
@@ -21,26 +21,24 @@ def additive_tables_kernel(
     tables,
     K,
     columns,
-    tiles,
-    x_stride,
     COUNT: tl.constexpr,
     D: tl.constexpr,
     CODES: tl.constexpr,
     BC: tl.constexpr,
     BJ: tl.constexpr,
 ):
-    """Grid (tiles, CODES // BC, M): float32 tables [M, tiles, CODES, BJ]; columns past the end are zero."""
-    tile, token = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    """Grid (tiles, CODES // BC): float32 tables [tiles, CODES, BJ]; columns past the end are zero."""
+    tile = tl.program_id(0)
     code = tl.program_id(1) * BC + tl.arange(0, BC)
     j = tile * BJ + tl.arange(0, BJ)
     lane = tl.arange(0, D)
     k = (j // COUNT * D)[:, None] + lane[None, :]
     inside = (j[:, None] < columns) & (k < K)
-    xs = tl.load(x + token * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    xs = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
     entry = ((j % COUNT) * CODES)[None, :] + code[:, None]
     words = tl.load(codebooks + entry[:, :, None] * D + lane[None, None, :]).to(tl.float32)
     product = tl.sum(words * xs[None, :, :], axis=2)
-    at = ((token * tiles + tile) * CODES + code)[:, None] * BJ + tl.arange(0, BJ)[None, :]
+    at = (tile.to(tl.int64) * CODES + code)[:, None] * BJ + tl.arange(0, BJ)[None, :]
     tl.store(tables + at, product)
 
 
@@ -51,7 +49,6 @@ def additive_sums_kernel(
     scales,
     bias,
     out,
-    M,
     N,
     columns,
     tiles,
@@ -59,42 +56,31 @@ def additive_sums_kernel(
     zero,
     CODES: tl.constexpr,
     BN: tl.constexpr,
-    BM: tl.constexpr,
     BJ: tl.constexpr,
     SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Grid (cdiv(N, BN), SPLIT, cdiv(M, BM)): out [M, N], or float32 parts [SPLIT, M, N] when SPLIT > 1.
+    """Grid (cdiv(N, BN), SPLIT): out [N], or float32 parts [SPLIT, N] when SPLIT > 1.
 
     `zero` is 0: added to the addresses of codes it hides their alignment, so that a thread loads single
     codes and a warp 32 columns of one row.
     """
     split = tl.program_id(1)
-    first = tl.program_id(2) * BM
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(rn, N - 1).to(tl.int64)
     j = tl.arange(0, BJ)
     entry = tl.arange(0, CODES * BJ)
-    sums = ()
-    for _ in tl.static_range(BM):
-        sums = sums + (tl.zeros((BN, BJ), dtype=tl.float32),)  # type: ignore[assignment]
+    total = tl.zeros((BN, BJ), dtype=tl.float32)
     last = tl.minimum((split + 1) * tiles_per_split, tiles)
     for tile in range(split * tiles_per_split, last):
         column = tile * BJ + j + zero
         at = row[:, None] * columns + column[None, :]
         code = tl.load(codes + at, mask=column[None, :] < columns, other=0).to(tl.int32)
-        grown = ()
-        for m in tl.static_range(BM):
-            token = tl.minimum(first + m, M - 1)
-            table = tl.load(tables + (token * tiles + tile).to(tl.int64) * (CODES * BJ) + entry)
-            # Flat, because along an axis that fits a warp the compiler would shuffle instead.
-            found = tl.gather(table, tl.reshape(code * BJ + j[None, :], (BN * BJ,)), axis=0)
-            grown = grown + (sums[m] + tl.reshape(found, (BN, BJ)),)  # type: ignore[assignment]
-        sums = grown
-    scale = tl.load(scales + row).to(tl.float32)
-    for m in tl.static_range(BM):
-        y = tl.sum(sums[m], axis=1) * scale
-        if HAS_BIAS:
-            y += tl.load(bias + row).to(tl.float32)
-        at_out = (split * M + first + m).to(tl.int64) * N + rn
-        tl.store(out + at_out, y.to(out.dtype.element_ty), mask=(rn < N) & (first + m < M))
+        table = tl.load(tables + tile.to(tl.int64) * (CODES * BJ) + entry)
+        # Flat, because along an axis that fits a warp the compiler would shuffle instead.
+        found = tl.gather(table, tl.reshape(code * BJ + j[None, :], (BN * BJ,)), axis=0)
+        total += tl.reshape(found, (BN, BJ))
+    y = tl.sum(total, axis=1) * tl.load(scales + row).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias + row).to(tl.float32)
+    tl.store(out + split.to(tl.int64) * N + rn, y.to(out.dtype.element_ty), mask=rn < N)

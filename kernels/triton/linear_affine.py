@@ -12,27 +12,23 @@ second kernel in a fixed order: results are reproducible bit for bit.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from qcompiler.kernels.formats.affine import block_width, num_groups
+from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
-from qcompiler.kernels.triton.linear_affine_gemv import (
-    dequantize_affine_kernel,
-    linear_affine_gemv,
-    sum_partials,
-)
+from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.linear_affine_gemv import dequantize_affine_kernel, linear_affine_gemv
 from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemv, InterpretedFunction)
 _MOST_GEMV_TOKENS = 8
-_PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 
 
 def linear_affine_triton(
@@ -49,12 +45,22 @@ def linear_affine_triton(
 ) -> torch.Tensor:
     """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
     check_linear_affine(x, low, high, scales, bits, group_size, in_features)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        # Triton launches on the current device, whatever the tensors say.
-        with torch.cuda.device(x.device):
-            return linear_affine_triton(
-                x, low, high, scales, zeros, bias, bits, group_size, in_features, config
-            )
+    with on_device(x):
+        return _launch(x, low, high, scales, zeros, bias, bits, group_size, in_features, config)
+
+
+def _launch(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    config: LinearConfig | None,
+) -> torch.Tensor:
     out_features = low.shape[0]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
@@ -63,7 +69,7 @@ def linear_affine_triton(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if config is None:
-        gpu, sms = _device(x.device)
+        gpu, sms = device_facts(x.device)
         dtype = str(x.dtype).removeprefix("torch.")
         config = linear_config(
             gpu, sms, bits, group_size, out_features, in_features, token_bucket(tokens), dtype
@@ -94,15 +100,12 @@ def _gemv(
     tokens, in_features = x.shape
     out_features, words = low.shape
     width = block_width(bits, group_size, in_features)
-    tile = _PLANES[bits] * max(width, 16)
+    tile = PLANES[bits] * max(width, 16)
     tiles = triton.cdiv(in_features, tile)
     tiles_per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, tiles_per_split)
-    out = x.new_empty((tokens, out_features))
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    out, target = split_target(x, out_features, split)
     half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
-    pairs = x.dtype != torch.float32 and in_features % 2 == 0 and x.stride(0) % 2 == 0
-    pairs = pairs and x.data_ptr() % 4 == 0
     # Only the GEMV's own configurations say how many channels and warps suit it.
     own = config.kind == "gemv"
     block_n = config.block_n if own else 16
@@ -127,7 +130,7 @@ def _gemv(
         BN=block_n,
         BM=token_bucket(tokens),
         SPLIT=split,
-        PAIRS=pairs,
+        PAIRS=as_pairs(x) is not None,
         EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
         HALF=half,
@@ -135,19 +138,7 @@ def _gemv(
         num_warps=config.num_warps if own else 4,
         num_stages=config.num_stages if own else 2,
     )
-    if split > 1:
-        count = tokens * out_features
-        sum_partials[(triton.cdiv(count, 512),)](
-            target,
-            bias if bias is not None else scales,
-            out,
-            count,
-            out_features,
-            SPLIT=split,
-            HAS_BIAS=bias is not None,
-            BLOCK=512,
-        )
-    return out
+    return sum_split(target, bias, out)
 
 
 def dequantize_triton(
@@ -164,7 +155,7 @@ def dequantize_triton(
     out_features, words = low.shape
     width = block_width(bits, group_size, in_features)
     weight = torch.empty((out_features, in_features), dtype=dtype, device=low.device)
-    tile = _PLANES[bits] * max(width, 16)
+    tile = PLANES[bits] * max(width, 16)
     dequantize_affine_kernel[(triton.cdiv(in_features, tile), triton.cdiv(out_features, 32))](
         low,
         high if high is not None else low,
@@ -183,11 +174,3 @@ def dequantize_triton(
         num_warps=4,
     )
     return weight
-
-
-@lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[str, int]:
-    if device.type != "cuda":
-        return "", 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count

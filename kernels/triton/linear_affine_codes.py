@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.x_pairs import pair_floats
+
 
 @triton.jit
 def _mask_or(word, kept, MASK: tl.constexpr, COMPILED: tl.constexpr):
@@ -120,6 +122,27 @@ def _halves(pair, HALF: tl.constexpr):
 
 
 @triton.jit
+def _scaled_pairs(pair, scale, offset, BITS: tl.constexpr, HALF: tl.constexpr):
+    """(code − 2^(BITS−1))·scale + offset as HALF [rows, 2·words]; codes carry their magic."""
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
+    # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
+    ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
+    BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
+    one = tl.full(pair.shape, ONE, tl.int32)
+    pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
+    return _halves(_fma_pair(pair, scale, offset, HALF), HALF)
+
+
+@triton.jit
+def _centred_floats(pair, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Both codes of a pair that carries its magic, minus 2^(BITS−1), as float32; for the interpreter."""
+    BASE: tl.constexpr = (128.0 if HALF == tl.bfloat16 else 1024.0) + (1 << (BITS - 1))
+    even, odd = pair_floats(pair, HALF)
+    return even - BASE, odd - BASE
+
+
+@triton.jit
 def _byte_float(word, byte: tl.constexpr, COMPILED: tl.constexpr):
     """2^23 + one byte of the word, as float32."""
     magic = tl.full(word.shape, 0x4B000000, tl.int32)
@@ -182,28 +205,10 @@ def dequantize_plane(
         MAGIC: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
         pair = plane_bits(low, high, j, BITS, MAGIC, COMPILED)
         if COMPILED:
-            # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
-            # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
-            ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
-            BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
-            one = tl.full(pair.shape, ONE, tl.int32)
-            pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
-            return _halves(_fma_pair(pair, _pair_of(scale, HALF), _pair_of(offset, HALF), HALF), HALF)
+            return _scaled_pairs(pair, _pair_of(scale, HALF), _pair_of(offset, HALF), BITS, HALF)
         else:
-            POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
-            even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
-            odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+            even, odd = _centred_floats(pair, BITS, HALF)
             return interleave(even * scale + offset, odd * scale + offset)
-
-
-@triton.jit
-def side_floats(side, HALF: tl.constexpr):
-    """Scale and offset, the two values of dtype HALF in an int32, as float32."""
-    if HALF == tl.bfloat16:
-        return (side << 16).to(tl.float32, bitcast=True), (side & -65536).to(tl.float32, bitcast=True)
-    else:
-        scale = (side & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
-        return scale, (side >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -234,28 +239,19 @@ def weights_of_pairs(pair, side, BITS: tl.constexpr, HALF: tl.constexpr, COMPILE
 
     `pair` as `plane_bits` gives it with HALF's magic; `side` int32 [rows, 1], scale and offset of dtype HALF.
     """
-    CENTRE: tl.constexpr = 1 << (BITS - 1)
     if COMPILED:
-        # Bit patterns of 1 and −(base + centre), twice, as signed int32. Given in full shape: a
-        # broadcast constant keeps the compiler from moving the layout conversion above this arithmetic.
-        ONE: tl.constexpr = 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00
-        BASE: tl.constexpr = ((0xC300 if HALF == tl.bfloat16 else 0xE400) + CENTRE) * 0x00010001 - 2**32
-        one = tl.full(pair.shape, ONE, tl.int32)
-        pair = _fma_pair(pair, one, tl.full(pair.shape, BASE, tl.int32), HALF)
         scale = tl.broadcast_to(_lower_twice(side, COMPILED), pair.shape)
         offset = tl.broadcast_to(_upper_twice(side, COMPILED), pair.shape)
-        return _halves(_fma_pair(pair, scale, offset, HALF), HALF)
+        return _scaled_pairs(pair, scale, offset, BITS, HALF)
     else:
-        POWER: tl.constexpr = 128.0 if HALF == tl.bfloat16 else 1024.0
-        even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
-        odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32) - (POWER + CENTRE)
+        even, odd = _centred_floats(pair, BITS, HALF)
         return weights_of_floats(even, odd, side, HALF, COMPILED)
 
 
 @triton.jit
 def weights_of_floats(even, odd, side, HALF: tl.constexpr, COMPILED: tl.constexpr):
     """`weights_of_pairs` from codes that are float32 and centred already."""
-    scale, offset = side_floats(side, HALF)
+    scale, offset = pair_floats(side, HALF)
     weight = interleave(even * scale + offset, odd * scale + offset)
     return weight.to(HALF) if COMPILED else weight
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
+from qcompiler.kernels.triton.x_pairs import pair_floats
 
 
 @triton.jit
@@ -19,12 +20,7 @@ def _x_pair(x, at, present, K, PAIRS: tl.constexpr, EVEN_K: tl.constexpr, HALF: 
     if PAIRS:
         mask = present if EVEN_K else present & (2 * at < K)
         pair = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
-        if HALF == tl.bfloat16:
-            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
-            odd = (pair >> 16).to(tl.int16).to(HALF, bitcast=True)
-            return even.to(tl.float32), odd.to(tl.float32)
+        return pair_floats(pair, HALF)
     else:
         even = tl.load(x + 2 * at, mask=present if EVEN_K else present & (2 * at < K), other=0.0)
         odd = tl.load(x + 2 * at + 1, mask=present if EVEN_K else present & (2 * at + 1 < K), other=0.0)

@@ -10,27 +10,25 @@ bit for bit.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from qcompiler.kernels.formats.affine import block_width
+from qcompiler.kernels.formats.affine import PLANES, block_width
 from qcompiler.kernels.ops.linear_affine_sides import (
-    PLANES,
     check_linear_affine_sides,
     sides_per_block,
 )
+from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_dense import dequantize_sides_kernel
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
-from qcompiler.kernels.triton.linear_affine_gemv import sum_partials
 from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
+from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
-_SUM_BLOCK = 512
 _MOST_QUAD_TOKENS = 4
 
 
@@ -47,12 +45,21 @@ def linear_affine_sides_triton(
 ) -> torch.Tensor:
     """`linear_affine_sides` (see `ops/`) by Triton; `config` overrides the table's choice."""
     check_linear_affine_sides(x, low, high, sides, bits, group_size, in_features)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        # Triton launches on the current device, whatever the tensors say.
-        with torch.cuda.device(x.device):
-            return linear_affine_sides_triton(
-                x, low, high, sides, bias, bits, group_size, in_features, config
-            )
+    with on_device(x):
+        return _launch(x, low, high, sides, bias, bits, group_size, in_features, config)
+
+
+def _launch(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    config: LinearConfig | None,
+) -> torch.Tensor:
     out_features = low.shape[0]
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
@@ -64,7 +71,9 @@ def linear_affine_sides_triton(
         config = _configured(rows, bits, group_size, out_features)
     width = block_width(bits, group_size, in_features)
     kind = config.kind
-    if kind == "quads" and not _in_quads(rows, width):
+    # Fours of words lie within a block, and x is read as pairs of values.
+    pairs = as_pairs(rows) if kind == "quads" and width >= 8 and tokens <= _MOST_QUAD_TOKENS else None
+    if kind == "quads" and pairs is None:
         kind = "gemm"
         config = LinearConfig("gemm", 64, 16, config.split_k)
     if kind in ("gemm", "wide") and width < 16:
@@ -72,53 +81,23 @@ def linear_affine_sides_triton(
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    elif kind == "quads":
-        y = _quads(rows, low, high, sides, bias, bits, group_size, width, config)
+    elif pairs is not None:
+        y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config)
     else:
         y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, wide=kind == "wide")
     return y.view(*x.shape[:-1], out_features)
 
 
 def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
-    gpu, sms = _device(x.device)
+    gpu, sms = device_facts(x.device)
     dtype = str(x.dtype).removeprefix("torch.")
     bucket = token_bucket(x.shape[0])
     return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype)
 
 
-def _in_quads(x: torch.Tensor, width: int) -> bool:
-    """Whether x can be read as pairs of 16-bit values, and words by fours within a block."""
-    tokens, in_features = x.shape
-    aligned = in_features % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
-    return aligned and width >= 8 and tokens <= _MOST_QUAD_TOKENS
-
-
-def _target(x: torch.Tensor, out_features: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result, and where the kernel writes: the result itself or the partial sums of a split K."""
-    out = x.new_empty((x.shape[0], out_features))
-    if split == 1:
-        return out, out
-    return out, x.new_empty((split, *out.shape), dtype=torch.float32)
-
-
-def _sum(target: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if target is not out:
-        count = out.numel()
-        sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
-            target,
-            bias if bias is not None else target,
-            out,
-            count,
-            out.shape[1],
-            SPLIT=target.shape[0],
-            HAS_BIAS=bias is not None,
-            BLOCK=_SUM_BLOCK,
-        )
-    return out
-
-
 def _quads(
     x: torch.Tensor,
+    pairs: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor | None,
     sides: torch.Tensor,
@@ -133,8 +112,7 @@ def _quads(
     block_w = 128 * config.num_warps
     words_per_split = triton.cdiv(triton.cdiv(words, config.split_k), block_w) * block_w
     split = triton.cdiv(words, words_per_split)
-    out, target = _target(x, out_features, split)
-    pairs = x.view(torch.int32)
+    out, target = split_target(x, out_features, split)
     linear_affine_quads[(triton.cdiv(out_features, config.block_n), split)](
         pairs,
         low,
@@ -164,7 +142,7 @@ def _quads(
         COMPILED=COMPILED,
         num_warps=config.num_warps,
     )
-    return _sum(target, out, bias)
+    return sum_split(target, bias, out)
 
 
 def _gemm(
@@ -186,7 +164,7 @@ def _gemm(
     tiles = triton.cdiv(in_features, tile)
     tiles_per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, tiles_per_split)
-    out, target = _target(x, out_features, split)
+    out, target = split_target(x, out_features, split)
     grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
     linear_affine_gemm[grid](
         x,
@@ -216,7 +194,7 @@ def _gemm(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return _sum(target, out, bias)
+    return sum_split(target, bias, out)
 
 
 def _dense(
@@ -255,11 +233,3 @@ def _dense(
 
 def _half(dtype: torch.dtype) -> tl.dtype:
     return tl.float16 if dtype == torch.float16 else tl.bfloat16
-
-
-@lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[str, int]:
-    if device.type != "cuda":
-        return "", 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count

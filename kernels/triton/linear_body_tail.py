@@ -13,19 +13,18 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from qcompiler.kernels.formats.affine import block_width, num_groups
+from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.formats.body_tail import BodyTailSpec, tail_layout
 from qcompiler.kernels.ops.linear_body_tail import check_linear_body_tail
 from qcompiler.kernels.triton.linear_affine import dequantize_triton
 from qcompiler.kernels.triton.linear_body_tail_gemm import linear_body_tail_gemm
 from qcompiler.kernels.triton.linear_body_tail_gemv import linear_body_tail_gemv
 from qcompiler.kernels.triton.linear_body_tail_slots import add_tail_kernel, prepare_x_kernel
-from qcompiler.kernels.triton.linear_launch import measured_config, multiprocessors, sum_split
+from qcompiler.kernels.triton.linear_launch import measured_config, multiprocessors, split_target, sum_split
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 
 COMPILED = not isinstance(linear_body_tail_gemm, InterpretedFunction)
-_PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 _STEP_BLOCKS = 8  # blocks of the body, mostly of 256 codes, that a GEMV program works on together
 _ROWS = 16  # rows whose words a GEMV program loads together; it takes block_n of them in turn
 _TAIL_SLOTS = 16  # slots that a GEMV program reads together
@@ -115,7 +114,7 @@ def _fused(
     tokens, in_features = x.shape
     out_features, words = low.shape
     width = block_width(spec.bits, spec.group_size, in_features)
-    planes = _PLANES[spec.bits]
+    planes = PLANES[spec.bits]
     gemv = config.kind == "gemv"
     if gemv:
         blocks = 2 * words // width
@@ -126,8 +125,7 @@ def _fused(
     steps = triton.cdiv(in_features, tile)
     steps_per_split = triton.cdiv(steps, config.split_k)
     split = triton.cdiv(steps, steps_per_split)
-    out = x.new_empty((tokens, out_features))
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    out, target = split_target(x, out_features, split)
     _, slots, columns = tail_layout(spec, in_features)
     stored = (
         low,
@@ -208,9 +206,7 @@ def _fused(
             TS=max(1, min(_GEMM_SLOTS, together, triton.next_power_of_2(shares[1]))),
             **constants,
         )
-    if split > 1:
-        sum_split(target, bias, out)
-    return out
+    return sum_split(target, bias, out)
 
 
 def dequantize_body_tail_triton(

@@ -15,7 +15,7 @@ from qcompiler.kernels.triton.linear_int8_kernels import (
     linear_int8_gemm,
     linear_int8_gemv,
 )
-from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
+from qcompiler.kernels.triton.linear_launch import choose_config, split_target, sum_split
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig
 
@@ -77,8 +77,7 @@ def int8_product(
     tiles = triton.cdiv(in_features // per, tile)
     per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, per_split)
-    out = x.new_empty((tokens, out_features), dtype=dtype)
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    out, target = split_target(x, out_features, split, dtype)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
@@ -119,9 +118,7 @@ def int8_product(
         num_stages=config.num_stages,
         **extra,
     )
-    if split > 1:
-        sum_split(target, bias, out)
-    return out
+    return sum_split(target, bias, out)
 
 
 def dequantize_int8_triton(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the launchers of lut4 and int8 linears share: the choice of a kernel, and the split-K sum."""
+"""What the launchers of the linears share: facts of the device, the choice of a kernel, split-K sums."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ _SUM_BLOCK = 512
 
 def measured_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig | None:
     """The tuning table's entry, or None where nothing was measured; arguments as for `choose_config`."""
-    gpu, _ = _device(x.device)
+    gpu, _ = device_facts(x.device)
     dtype = str(x.dtype).removeprefix("torch.")
-    key = f"{weight_key}/n{out_features}-k{x.shape[1]}/m{token_bucket(x.shape[0])}/{dtype}"
-    return load_table(gpu).get(key) if gpu else None
+    return _measured(weight_key, gpu, out_features, x.shape[1], token_bucket(x.shape[0]), dtype)
 
 
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a device; a few where there are none."""
-    return _device(device)[1]
+    return device_facts(device)[1]
 
 
 def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> LinearConfig:
@@ -35,15 +34,19 @@ def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> Linear
         out_features: N.
     """
     dtype = str(x.dtype).removeprefix("torch.")
-    gpu, sms = _device(x.device)
+    gpu, sms = device_facts(x.device)
     return _choose(weight_key, gpu, sms, out_features, x.shape[1], token_bucket(x.shape[0]), dtype)
 
 
 @lru_cache(maxsize=4096)
 def _choose(weight_key: str, gpu: str, sms: int, n: int, k: int, bucket: int, dtype: str) -> LinearConfig:
+    return _measured(weight_key, gpu, n, k, bucket, dtype) or heuristic(n, k, bucket, dtype, sms)
+
+
+@lru_cache(maxsize=4096)
+def _measured(weight_key: str, gpu: str, n: int, k: int, bucket: int, dtype: str) -> LinearConfig | None:
     key = f"{weight_key}/n{n}-k{k}/m{bucket}/{dtype}"
-    entry = load_table(gpu).get(key) if gpu else None
-    return entry or heuristic(n, k, bucket, dtype, sms)
+    return load_table(gpu).get(key) if gpu else None
 
 
 def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
@@ -67,8 +70,24 @@ def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig
     return LinearConfig("gemm", block_n, block_m, split, warps, stages)
 
 
-def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Sum partials [split, M, N] into out [M, N], always in the same order, plus bias [N]."""
+def split_target(
+    x: torch.Tensor, out_features: int, split: int, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [M, N] for x [M, K], and where a kernel writes: itself, or float32 parts [split, M, N].
+
+    `dtype` is the result's, x's own by default.
+    """
+    out = x.new_empty((x.shape[0], out_features), dtype=dtype or x.dtype)
+    return out, out if split == 1 else x.new_empty((split, *out.shape), dtype=torch.float32)
+
+
+def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """Sum partials [split, M, N] into out [M, N], always in the same order, plus bias [N]; gives `out`.
+
+    Where nothing was split (see `split_target`) they are one tensor, complete with its bias.
+    """
+    if partials is out:
+        return out
     count = out.numel()
     sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
         partials,
@@ -80,10 +99,12 @@ def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tens
         HAS_BIAS=bias is not None,
         BLOCK=_SUM_BLOCK,
     )
+    return out
 
 
 @lru_cache(maxsize=16)
-def _device(device: torch.device) -> tuple[str, int]:
+def device_facts(device: torch.device) -> tuple[str, int]:
+    """Name and streaming multiprocessors of a GPU; no name and a few where there is none."""
     if device.type != "cuda":
         return "", 4
     properties = torch.cuda.get_device_properties(device)

@@ -15,7 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.lut4 import dynamic_map, table
 from qcompiler.kernels.ops.linear_lut4 import check_linear_lut4
-from qcompiler.kernels.triton.linear_launch import choose_config, sum_split
+from qcompiler.kernels.triton.linear_launch import choose_config, split_target, sum_split
 from qcompiler.kernels.triton.linear_lut4_kernels import (
     dequantize_lut4_kernel,
     linear_lut4_gemm,
@@ -71,8 +71,7 @@ def linear_lut4_triton(
     tiles = triton.cdiv(in_features // per, tile)
     per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, per_split)
-    out = x.new_empty((tokens, out_features))
-    target = out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
+    out, target = split_target(rows, out_features, split)
     blocks_n = triton.cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
@@ -111,9 +110,7 @@ def linear_lut4_triton(
         num_stages=config.num_stages,
         **extra,
     )
-    if split > 1:
-        sum_split(target, bias, out)
-    return out.view(*x.shape[:-1], out_features)
+    return sum_split(target, bias, out).view(*x.shape[:-1], out_features)
 
 
 def dequantize_lut4_triton(

@@ -23,6 +23,16 @@ def pair_row(x, token, x_stride, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def pair_floats(pair, HALF: tl.constexpr):
+    """The lower and upper half of int32s, values of dtype HALF, as float32."""
+    if tl.bfloat16 == HALF:
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        lower = (pair & 0xFFFF).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+        return lower, (pair >> 16).to(tl.int16).to(HALF, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def load_pair(row, pair, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
     """Values 2·pair and 2·pair + 1 of the row as float32, zero outside of the mask.
 
@@ -33,12 +43,7 @@ def load_pair(row, pair, mask, PAIRS: tl.constexpr, HALF: tl.constexpr):
             both = tl.load(row + pair)
         else:
             both = tl.load(row + pair, mask=mask, other=0)
-        if tl.bfloat16 == HALF:
-            return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = (both & 0xFFFF).to(tl.int16).to(HALF, bitcast=True)
-            odd = (both >> 16).to(tl.int16).to(HALF, bitcast=True)
-            return even.to(tl.float32), odd.to(tl.float32)
+        return pair_floats(both, HALF)
     elif mask is None:
         return tl.load(row + 2 * pair).to(tl.float32), tl.load(row + 2 * pair + 1).to(tl.float32)
     else:
