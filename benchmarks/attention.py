@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qcompiler.kernels.ops  # noqa: F401
+from benchmarks.timing import copies_past_l2, graph_microseconds, read_ceiling
 from qcompiler.kernels.formats.kv_cache import kv_format
 from qcompiler.kernels.kv_bits import KV_BITS, kv_format_of_bits
 from qcompiler.runtime.pages import PageSpec, allocate_pages
@@ -59,64 +57,6 @@ QUANTIZED = [
     (1, 16384, 32, 32, 128), (8, 1024, 32, 8, 128), (64, 1024, 32, 8, 128),
 ]  # fmt: skip
 PLAIN = {"window": 0, "chunk": 0, "softcap": 0.0, "sinks": None}
-
-
-@triton.jit
-def read_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
-    """Read everything once; the store never happens but keeps the loads alive."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK * ROUNDS
-    total = tl.zeros([BLOCK], dtype=tl.int32)
-    for r in tl.static_range(ROUNDS):
-        at = start + r * BLOCK + tl.arange(0, BLOCK)
-        total += tl.load(x_ptr + at, mask=at < count, other=0)
-    if tl.sum(total) == 0x7FFFFFF1:
-        tl.store(out_ptr, 1)
-
-
-def milliseconds(calls: list[Callable[[], object]], replays: int) -> float:
-    """Median time of one call, over replays of a graph that makes all of them in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times[2:])
-
-
-def copies_past_l2(nbytes: int) -> int:
-    """Copies of a working set that together are three times the L2, at most 64."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(64, -(-3 * l2 // nbytes)))
-
-
-def read_ceiling(nbytes: int, replays: int) -> float:
-    """Fastest plain read of as many bytes, in milliseconds."""
-    words = nbytes // 4
-    buffers = [torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(copies_past_l2(nbytes))]
-    flag = torch.zeros(1, dtype=torch.int32, device="cuda")
-
-    def timed(block: int, rounds: int, warps: int) -> float:
-        grid = (triton.cdiv(words, block * rounds),)
-
-        calls: list[Callable[[], object]] = [
-            partial(read_kernel[grid], b, flag, words, block, rounds, num_warps=warps) for b in buffers
-        ]
-        return milliseconds(calls, replays)
-
-    return min(timed(*c) for c in ((1024, 4, 4), (2048, 4, 4), (2048, 8, 8), (4096, 4, 8), (4096, 8, 8)))
 
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -212,12 +152,13 @@ def prefill(case: tuple[int, ...], dtype: torch.dtype, replays: int, kv_bits: st
     row["error"] = error
     if error > TOLERANCE[dtype]:
         return row | {"wrong": True}
-    row["ours_tflops"] = flops / milliseconds([ours], replays) / 1e9
+    row["ours_tflops"] = flops / graph_microseconds([ours], replays) / 1e6
     if kv_bits != "16":
         return row
     for name, backend in PEERS.items():
         try:
-            row[f"{name}_tflops"] = flops / milliseconds([partial(peer, backend)], replays) / 1e9
+            microseconds = graph_microseconds([partial(peer, backend)], replays)
+            row[f"{name}_tflops"] = flops / microseconds / 1e6
         except RuntimeError as refusal:  # the backend does not take this shape
             row[f"{name}_refused"] = str(refusal).splitlines()[0]
     return row
@@ -246,8 +187,8 @@ def decode(
     for _ in range(copies_past_l2(nbytes) - 1):
         caches.append(copy.copy(caches[0]))
         caches[-1].held = [held.clone() for held in caches[0].held]
-    ours_ms = milliseconds([partial(c.attend, q, start, 1) for c in caches], replays)
-    row["ours_us"] = 1e3 * ours_ms
+    ours = graph_microseconds([partial(c.attend, q, start, 1) for c in caches], replays)
+    row["ours_us"] = ours
     if kv_bits == "16":
         dense = [c.dense(sequences) for c in caches]
 
@@ -259,17 +200,14 @@ def decode(
 
         for name, backend in PEERS.items():
             try:
-                row[f"{name}_us"] = 1e3 * milliseconds([partial(peer, backend, *d) for d in dense], replays)
+                calls = [partial(peer, backend, *d) for d in dense]
+                row[f"{name}_us"] = graph_microseconds(calls, replays)
             except RuntimeError as refusal:  # the backend does not take this shape
                 row[f"{name}_refused"] = str(refusal).splitlines()[0]
         del dense
     del caches
-    ceiling_ms = read_ceiling(nbytes, replays)
-    return row | {
-        "ours_gbps": nbytes / ours_ms / 1e6,
-        "ceiling_us": 1e3 * ceiling_ms,
-        "of_ceiling": ceiling_ms / ours_ms,
-    }
+    ceiling = read_ceiling(nbytes, replays)
+    return row | {"ours_gbps": nbytes / ours / 1e3, "ceiling_us": ceiling, "of_ceiling": ceiling / ours}
 
 
 def over_plain(rows: list[dict[str, object]], figure: str, *, higher_is_faster: bool) -> None:

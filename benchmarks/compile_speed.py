@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.model import make_checkpoint, qcompile
+from benchmarks.timing import copy_bandwidth
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
 from qcompiler.methods.affine import check_weight
 from qcompiler.methods.hqq import HQQ, SEARCHES
@@ -54,14 +55,6 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a device copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), 9)
 
 
 def solver_rows(layers: int, bits: list[int], repeats: int) -> list[dict[str, Any]]:

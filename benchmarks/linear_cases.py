@@ -11,6 +11,7 @@ import torch
 from qcompiler.kernels.formats import AFFINE, AffineSpec, get_format
 from qcompiler.kernels.formats.additive import AdditiveSpec
 from qcompiler.kernels.formats.affine import num_groups
+from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec, in_blocks, tail_layout
 from qcompiler.kernels.formats.int8_channel import Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import Lut4Spec
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
@@ -30,13 +31,9 @@ class Case:
         """Random stored tensors of a weight [n, k] on the GPU."""
         generator = torch.Generator("cuda").manual_seed(seed)
         if isinstance(self.spec, AffineSpec):
-            groups = num_groups(self.spec.group_size, k)
-            codes = torch.randint(
-                0, 2**self.spec.bits, (n, k), dtype=torch.uint8, device="cuda", generator=generator
-            )
-            scales = (torch.rand(n, groups, device="cuda", generator=generator) + 0.5) / 2**self.spec.bits
-            zeros = 2 ** (self.spec.bits - 1) + torch.randn(n, groups, device="cuda", generator=generator)
-            return AFFINE.pack(self.spec, codes, scales, zeros)
+            return _affine_weight(self.spec, n, k, generator)
+        if isinstance(self.spec, BodyTailSpec):
+            return _body_tail_weight(self.spec, n, k, generator)
         if isinstance(self.spec, AdditiveSpec):
             shape = (n, k // self.spec.group_size, self.spec.codebooks)
             codes = torch.randint(0, self.spec.codewords, shape, device="cuda", generator=generator)
@@ -63,6 +60,9 @@ class Case:
         """Key of the tuning table's entry; None where the launcher has no configurations."""
         if isinstance(self.spec, AffineSpec):
             return table_key(self.spec.bits, self.spec.group_size, n, k, tokens, "bfloat16")
+        if isinstance(self.spec, BodyTailSpec):
+            body = f"affine-b{self.spec.bits}-g{self.spec.group_size}"
+            return f"linear_body_tail/{body}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
         if isinstance(self.spec, AdditiveSpec):
             return None
         if isinstance(self.spec, Lut4Spec):
@@ -83,6 +83,10 @@ class Case:
                 x, low, high, sides, None, bits, group, k, config
             )
         _, (_, *rest) = get_format(self.spec.name).op_call(self.spec, None, tensors, None, k)
+        if isinstance(self.spec, BodyTailSpec):
+            from qcompiler.kernels.triton.linear_body_tail import linear_body_tail_triton
+
+            return lambda x, config: linear_body_tail_triton(x, *rest, config=config)
         if isinstance(self.spec, AdditiveSpec):
             from qcompiler.kernels.triton.linear_additive import linear_additive_triton
 
@@ -100,14 +104,42 @@ class Case:
         return lambda x, config: linear_llm_int8_triton(x, *rest, config=config)
 
 
+def _affine_weight(spec: AffineSpec, n: int, k: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    groups = num_groups(spec.group_size, k)
+    codes = torch.randint(0, 2**spec.bits, (n, k), dtype=torch.uint8, device="cuda", generator=generator)
+    scales = (torch.rand(n, groups, device="cuda", generator=generator) + 0.5) / 2**spec.bits
+    zeros = 2 ** (spec.bits - 1) + torch.randn(n, groups, device="cuda", generator=generator)
+    return AFFINE.pack(spec, codes, scales, zeros)
+
+
+def _body_tail_weight(
+    spec: BodyTailSpec, n: int, k: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """A random body with a random tail in every slot, made some rows at a time."""
+    _, slots, block = tail_layout(spec, k)
+    parts = []
+    for start in range(0, n, 4096):
+        rows = min(4096, n - start)
+        body = _affine_weight(spec.body, rows, k, generator)
+        score = in_blocks(torch.rand(rows, k, device="cuda", generator=generator) + 1, block)
+        chosen = torch.zeros_like(score, dtype=torch.bool)
+        chosen = chosen.scatter_(2, score.topk(slots, dim=2).indices, True).flatten(1)[:, :k]
+        tail = torch.randn(rows, k, device="cuda", generator=generator)
+        parts.append(BODY_TAIL.pack(spec, body, tail, chosen))
+    return BODY_TAIL.concat(spec, parts)
+
+
 def parse_case(name: str) -> Case:
-    """A case by its name: b4-g64, nf4, fp4, eetq, llm-int8, aqlm-2x8 and the like."""
+    """A case by its name: b4-g64, nf4, fp4, eetq, llm-int8, aqlm-2x8, tail-b3-f0.005 and the like."""
     if name in ("nf4", "fp4"):
         return Case(name, Lut4Spec(name, 64, True))
     if name == "eetq":
         return Case(name, Int8ChannelSpec(None))
     if name == "llm-int8":
         return Case(name, Int8ChannelSpec(6.0))
+    if name.startswith("tail-b"):
+        bits, fraction = name.removeprefix("tail-b").split("-f")
+        return Case(name, BodyTailSpec(int(bits), 64, float(fraction)))
     if name.startswith("aqlm-"):
         return Case(name, AdditiveSpec.parse(name.removeprefix("aqlm-")))
     bits, group = name.removeprefix("b").split("-g")
@@ -120,6 +152,8 @@ def candidates(case: Case, tokens: int, n: int, k: int, *, thorough: bool) -> li
         return []
     if isinstance(case.spec, AffineSpec):
         return list(_affine(case.spec.bits, tokens, n, k, thorough))
+    if isinstance(case.spec, BodyTailSpec):
+        return list(_body_tail(tokens))
     return list(_others(case, tokens, n, thorough))
 
 
@@ -155,6 +189,24 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool):
                     yield LinearConfig("wide", block_n, block_m, split, warps, stages)
     if tokens >= 128:
         yield LinearConfig("dense")
+
+
+def _body_tail(tokens: int):
+    if tokens <= 64:
+        for block_n, warps in ((64, 4), (128, 4), (128, 8)):
+            for split in (1, 2, 4, 8):
+                for stages in (2, 3, 4):
+                    yield LinearConfig("gemm", block_n, max(8, token_bucket(tokens)), split, warps, stages)
+    else:
+        yield LinearConfig("gemm", 128, 128, 1, 8, 2)
+        yield LinearConfig("dense")
+        if tokens <= 512:
+            yield LinearConfig("gemm", 128, 64, 1, 8, 3)
+    if tokens <= 2:
+        for block_n in (16, 32):
+            for warps in (4, 8):
+                for split in (1, 2, 4):
+                    yield LinearConfig("gemv", block_n, 1, split, warps, 2)
 
 
 def _others(case: Case, tokens: int, n: int, thorough: bool):

@@ -21,10 +21,11 @@ L2_BYTES = 160 << 20  # rotate over more than two and a half times the largest L
 def graph_microseconds(calls: list[Callable[[], Any]], repeats: int = 10) -> float:
     """Median time of one call in µs; all calls (one per rotated copy) stand in one CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -65,13 +66,17 @@ def read_ceiling(count: int, repeats: int = 10) -> float:
     return best
 
 
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a device copy of 1 GiB."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / graph_microseconds([lambda: target.copy_(source)]) * 1e6
+
+
 def machine() -> dict[str, Any]:
     """What the figures were taken on, its copy bandwidth and its matrix rate, measured now."""
     import triton
 
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = graph_microseconds([lambda: target.copy_(source)])
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product = graph_microseconds([lambda: left @ right])
     return {
@@ -81,6 +86,6 @@ def machine() -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "copy_tb_per_second": 2 * source.nbytes / copy / 1e6,
+        "copy_tb_per_second": copy_bandwidth() / 1e12,
         "bf16_tflop_per_second": 2 * 8192**3 / product / 1e6,
     }
