@@ -76,7 +76,7 @@ def additive_sums_kernel(
         column = tile * BJ + j + zero
         at = row[:, None] * columns + column[None, :]
         code = tl.load(codes + at, mask=column[None, :] < columns, other=0).to(tl.int32)
-        table = tl.load(tables + tile.to(tl.int64) * (CODES * BJ) + entry)
+        table = tl.load(tables + tile * (CODES * BJ) + entry)
         # Flat, because along an axis that fits a warp the compiler would shuffle instead.
         found = tl.gather(table, tl.reshape(code * BJ + j[None, :], (BN * BJ,)), axis=0)
         total += tl.reshape(found, (BN, BJ))
