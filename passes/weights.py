@@ -127,7 +127,7 @@ def resolve(recipe: Recipe, load: Load, quantize: Quantize | None = None) -> tor
         stacked = resolve(recipe.source, load, quantize)
         return (stacked.transpose(1, 2) if recipe.transposed else stacked).flatten(0, 1)
     if isinstance(recipe, Concat):
-        return torch.cat([resolve(part, load, quantize) for part in recipe.parts], dim=recipe.dim)
+        return _beside([resolve(part, load, quantize) for part in recipe.parts], recipe)
     if quantize is None:
         raise InvalidInputError(
             f"{recipe.name or recipe.source}: its weight is to be quantized, but no quantizer was given",
@@ -140,6 +140,12 @@ def resolve(recipe: Recipe, load: Load, quantize: Quantize | None = None) -> tor
             hint=f"Format {recipe.format} stores it; see the format's tensor_specs.",
         )
     return tensors[recipe.part]
+
+
+def _beside(tensors: list[torch.Tensor], recipe: Concat) -> torch.Tensor:
+    """Parts in one tensor, on the device of those that were loaded: zeros were made on none."""
+    loaded = [t.device for t, part in zip(tensors, recipe.parts, strict=True) if not isinstance(part, Zeros)]
+    return torch.cat([t.to(loaded[0]) if loaded else t for t in tensors], dim=recipe.dim)
 
 
 def register_weight(gm: GraphModule, fqn: str, recipe: Recipe, tensor: torch.Tensor) -> None:

@@ -74,13 +74,13 @@ class KVFormat:
         if self.name == "int4":
             low, high = (x.amin(-1), x.amax(-1)) if dim else (x.sum(-1), x.sum(-1))
             low = low.half()
-            scale = ((high - low.float()) / 15.0).half().clamp_min(least)
+            scale = _divided(high - low.float(), 15.0).half().clamp_min(least)
             scales = torch.stack([scale, low], dim=-1)
             scaled = (x - low.float().unsqueeze(-1)) * (1.0 / scale.float()).unsqueeze(-1)
             codes = torch.floor(scaled + 0.5).clamp(0, 15).nan_to_num(0.0).int()
         else:
             top = 127.0 if self.name == "int8" else _FP8_MAX
-            scales = (x.abs().amax(-1) / top).clamp_min(least)
+            scales = _divided(x.abs().amax(-1), top).clamp_min(least)
             scaled = x * (1.0 / scales).unsqueeze(-1)
             if self.name == "int8":
                 codes = torch.floor(scaled + 0.5).clamp(-127, 127).nan_to_num(0.0).int()
@@ -119,6 +119,11 @@ class KVFormat:
             packed |= part << (self.bits * j)
         # int32 in [0, 65536) to the int16 of the same bits
         return ((packed ^ 0x8000) - 0x8000).to(torch.int16)
+
+
+def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """Rounded once on every device: CUDA multiplies by the reciprocal of a divisor that is a Python number."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
 KV_FORMATS = {f.name: f for f in (KVFormat("int8", 8), KVFormat("int4", 4), KVFormat("fp8", 8))}
