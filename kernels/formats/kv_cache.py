@@ -122,7 +122,7 @@ class KVFormat:
 
 
 def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
-    """Rounded once on every device: CUDA multiplies by the reciprocal of a divisor that is a Python number."""
+    """The quotient, rounded once on every device: for a Python number CUDA multiplies by its reciprocal."""
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 

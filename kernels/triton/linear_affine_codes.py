@@ -17,7 +17,7 @@ from qcompiler.kernels.triton.x_pairs import pair_floats
 
 
 @triton.jit
-def _mask_or(word, kept, MASK: tl.constexpr, COMPILED: tl.constexpr):
+def mask_or(word, kept, MASK: tl.constexpr, COMPILED: tl.constexpr):
     """(word & MASK) | kept; one LOP3, where two immediates would make the compiler emit two."""
     if COMPILED:
         return tl.inline_asm_elementwise(
@@ -50,15 +50,15 @@ def plane_bits(low, high, j: tl.constexpr, BITS: tl.constexpr, MAGIC: tl.constex
     """
     LOW: tl.constexpr = 2 if BITS < 4 else (4 if BITS < 8 else 8)
     MASK: tl.constexpr = ((1 << LOW) - 1) * 0x00010001
-    pair = _mask_or(low >> (LOW * j), tl.full(low.shape, MAGIC, tl.int32), MASK, COMPILED)
+    pair = mask_or(low >> (LOW * j), tl.full(low.shape, MAGIC, tl.int32), MASK, COMPILED)
     if BITS == 3 or BITS == 5 or BITS == 6:
         HIGH: tl.constexpr = BITS - LOW
         HIGH_MASK: tl.constexpr = (((1 << HIGH) - 1) << LOW) * 0x00010001
         SHIFT: tl.constexpr = HIGH * j - LOW
         if SHIFT >= 0:
-            pair = _mask_or(high >> SHIFT, pair, HIGH_MASK, COMPILED)
+            pair = mask_or(high >> SHIFT, pair, HIGH_MASK, COMPILED)
         else:
-            pair = _mask_or(high << (-SHIFT), pair, HIGH_MASK, COMPILED)
+            pair = mask_or(high << (-SHIFT), pair, HIGH_MASK, COMPILED)
     return pair
 
 

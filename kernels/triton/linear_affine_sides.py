@@ -22,6 +22,7 @@ from qcompiler.kernels.ops.linear_affine_sides import (
 )
 from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_dense import dequantize_sides_kernel
+from qcompiler.kernels.triton.linear_affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
 from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
@@ -30,6 +31,7 @@ from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_b
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
+_DOTS_BITS = (2, 3, 4, 6)  # fit bfloat16's mantissa, and the high bits of a code lie in one byte
 
 
 def linear_affine_sides_triton(
@@ -76,13 +78,17 @@ def _launch(
     if kind == "quads" and pairs is None:
         kind = "gemm"
         config = LinearConfig("gemm", 64, 16, config.split_k)
-    if kind in ("gemm", "wide") and width < 16:
+    if kind == "dots" and bits not in _DOTS_BITS:
+        kind = "gemm"
+    if kind in ("dots", "gemm", "wide") and width < 16:
         kind = "dense"  # narrower than a dot
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     elif pairs is not None:
         y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config)
+    elif kind == "dots":
+        y = _dots(rows, low, high, sides, bias, bits, group_size, width, config)
     else:
         y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, wide=kind == "wide")
     return y.view(*x.shape[:-1], out_features)
@@ -141,6 +147,58 @@ def _quads(
         STAGES=config.num_stages,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
+    )
+    return sum_split(target, bias, out)
+
+
+def _dots(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    width: int,
+    config: LinearConfig,
+) -> torch.Tensor:
+    tokens, in_features = x.shape
+    out_features, words = low.shape
+    tile = PLANES[bits] * width
+    tiles = triton.cdiv(in_features, tile)
+    tiles_per_split = triton.cdiv(tiles, config.split_k)
+    split = triton.cdiv(tiles, tiles_per_split)
+    out, target = split_target(x, out_features, split)
+    block_n = min(config.block_n, 16 * config.num_warps)
+    grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+    linear_affine_dots[grid](
+        x,
+        low.view(torch.int16),
+        high if high is not None else low.view(torch.int16),
+        sides,
+        bias if bias is not None else x,
+        target,
+        tokens,
+        out_features,
+        in_features,
+        sides.shape[1],
+        2 * words,
+        x.stride(0),
+        tiles_per_split,
+        BITS=bits,
+        GROUP=group_size,
+        WIDTH=width,
+        SIDES=sides_per_block(bits, group_size, in_features),
+        BN=block_n,
+        PARTS=config.block_n // block_n,
+        BM=config.block_m,
+        SPLIT=split,
+        EVEN_K=in_features % tile == 0,
+        HAS_BIAS=bias is not None and split == 1,
+        HALF=_half(x.dtype),
+        COMPILED=COMPILED,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return sum_split(target, bias, out)
 

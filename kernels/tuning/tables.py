@@ -19,7 +19,7 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-KINDS = ("gemv", "quads", "gemm", "wide", "dense")
+KINDS = ("gemv", "quads", "dots", "gemm", "wide", "dense")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class LinearConfig:
     """How one linear runs.
 
     Args:
-        kind: "gemv" or "quads" (float32 units), "gemm" or "wide" (tensor cores, fused, few or many tokens),
-            or "dense" (dequantize, library matmul).
+        kind: "gemv" or "quads" (float32 units), "dots", "gemm" or "wide" (tensor cores, fused, from few to
+            many tokens), or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features.
@@ -90,17 +90,22 @@ def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
 def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
     """A sane configuration where nothing was measured, in the pattern of what was measured on an H100.
 
-    One or two tokens run on the float32 units; up to 512 on tensor cores with the weight dequantized in
-    registers, for many of them one plane at a time beside a large tile of tokens; beyond that the weight is
-    written out once. float32 activations never use tensor cores, which would round them.
+    One token runs on the float32 units, up to 16 on tensor cores that take the codes as they are (where those
+    fit: else the float32 units for two); up to 512 on tensor cores with the weight dequantized in registers,
+    for many of them one plane at a time beside a large tile of tokens; beyond that the weight is written out
+    once. float32 activations never use tensor cores, which would round them.
     """
     bucket = token_bucket(tokens)
+    most = 2  # programs per SM that the splits of K are to give
     if dtype == "float32":
         if tokens > 4:
             return LinearConfig("dense")
         kind, block_n, block_m, warps, stages = "gemv", max(16, 64 // bucket), bucket, 4, 2
     elif tokens > 512:
         return LinearConfig("dense")
+    elif 1 < tokens <= 16 and bits in (2, 4):
+        kind, block_n, block_m, stages, most = "dots", 32, max(8, bucket), 3, 7
+        warps = 1 if bits == 4 else 2  # eight planes unrolled over two tiles of rows would spill
     elif tokens <= 2:
         kind, block_n, block_m, warps, stages = "quads", 8 if bits > 3 and tokens == 1 else 4, bucket, 2, 1
     elif tokens <= 64:
@@ -108,8 +113,8 @@ def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> L
     else:
         kind, block_n, block_m, warps, stages = "wide", 128, 128, 8, 3
     programs = -(-n // block_n) * -(-tokens // block_m)
-    # Fill the SMs about twice over, but keep at least 1024 codes of K per program.
-    split = max(1, min(2 * sms // programs, k // 1024, 8))
+    # Fill the SMs some times over, but keep at least 1024 codes of K per program.
+    split = max(1, min(most * sms // programs, k // 1024, 8))
     return LinearConfig(kind, block_n, block_m, split, warps, stages)
 
 

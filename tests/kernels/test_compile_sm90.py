@@ -36,7 +36,7 @@ HALF = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.bfloat16"}
 
 
 def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=1, width_of=4096):
-    """A variant of the fused linears: gemm, wide or quads on prepared scales, gemv on the format's own."""
+    """A variant of the fused linears; all but gemv on prepared scales, that on the format's own."""
     width = block_width(bits, group, width_of)
     types = {**POINTERS, **SIZES, "tiles_per_split": "i32", "words_per_split": "i32:16"}
     types |= {"x": f"*{dtype}", "bias": f"*{dtype}", "out": f"*{dtype}" if split == 1 else "*fp32"}
@@ -59,6 +59,13 @@ def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=
         constants |= {"SIDES": max(1, PLANES[bits] * width // group), "BW": 128 * warps, "STAGES": stages}
         constants["EVEN"] = width_of % 4096 == 0
         kernel = "linear_affine_quads:linear_affine_quads"
+    elif kind == "dots":
+        types |= {"low": "*i16", "high": "*i16", "row_words": "i32:16"}
+        types.pop("words")
+        constants |= {"SIDES": max(1, PLANES[bits] * width // group) if group else 1}
+        constants |= {"BN": min(block_n, 16 * warps), "PARTS": max(1, block_n // (16 * warps))}
+        constants["EVEN_K"] = width_of % 256 == 0
+        kernel = "linear_affine_dots:linear_affine_dots"
     elif kind == "gemv":
         constants |= {"PAIRS": dtype != "fp32", "EVEN_K": width_of % 256 == 0}
         kernel = "linear_affine_gemv:linear_affine_gemv"
@@ -104,7 +111,12 @@ def gathered(bits, group, dtype, width_of=4096):
 def per_weight(variant, report):
     constants = variant.constants
     planes = 1 if constants.get("WIDE") else PLANES[constants["BITS"]]
-    weights = constants["BN"] * planes * (2 * constants["BW"] if "BW" in constants else constants["WIDTH"])
+    weights = (
+        constants["BN"]
+        * constants.get("PARTS", 1)
+        * planes
+        * (2 * constants["BW"] if "BW" in constants else constants["WIDTH"])
+    )
     return sum(report.loop.values()) * 32 * variant.num_warps / weights
 
 
@@ -114,6 +126,10 @@ LIMITS = {
     "gemm 4 bit bf16, two row tiles": (linear("gemm", 4, 64, "bf16", 128, 16), 3.4),
     "gemm 4 bit fp16": (linear("gemm", 4, 64, "fp16", 64, 16), 4.1),
     "gemm 4 bit bf16, 64 tokens": (linear("gemm", 4, 128, "bf16", 64, 64), 4.6),
+    "dots 4 bit bf16": (linear("dots", 4, 64, "bf16", 32, 8, 1, 3), 2.4),
+    "dots 4 bit bf16, 16 tokens": (linear("dots", 4, 64, "bf16", 32, 16, 1, 3), 2.9),
+    "dots 2 bit bf16": (linear("dots", 2, 64, "bf16", 32, 8, 2, 3), 2.9),
+    "dots 3 bit bf16": (linear("dots", 3, 64, "bf16", 32, 8, 2, 3), 4.9),
     "quads 4 bit bf16": (linear("quads", 4, 64, "bf16", 8, 1, 2, 1), 4.1),
     "quads 2 bit bf16": (linear("quads", 2, 64, "bf16", 4, 1, 2, 1), 4.3),
     "quads 3 bit bf16": (linear("quads", 3, 64, "bf16", 4, 1, 2, 1), 5.7),
@@ -131,6 +147,13 @@ OTHERS = {
     "wide 4 bit": linear("wide", 4, 64, "bf16", 128, 128, 8, 3),
     "wide 4 bit, many tokens": linear("wide", 4, 64, "bf16", 128, 256, 8, 3),
     **{f"wide {bits} bit": linear("wide", bits, 64, "bf16", 128, 128, 8, 3) for bits in (2, 3, 5, 6, 8)},
+    "dots 6 bit": linear("dots", 6, 64, "bf16", 16, 8, 1, 3),
+    "dots fp16": linear("dots", 4, 64, "fp16", 64, 8, 2, 3),
+    "dots split": linear("dots", 4, 64, "bf16", 32, 8, 1, 3, split=4),
+    "dots small groups": linear("dots", 4, 16, "bf16", 32, 16, 1, 3),
+    "dots per channel": linear("dots", 2, 0, "fp16", 32, 8, 2, 3),
+    "dots ragged": linear("dots", 4, 64, "bf16", 32, 8, 1, 3, width_of=1000),
+    "dots 32 tokens": linear("dots", 4, 64, "bf16", 64, 32, 4, 3),
     "quads, two tokens": linear("quads", 4, 64, "bf16", 4, 2, 2, 1),
     "quads ragged": linear("quads", 4, 64, "fp16", 8, 1, 2, 1, width_of=1000),
     "quads small groups": linear("quads", 2, 16, "bf16", 4, 1, 2, 1),

@@ -26,10 +26,11 @@ from qcompiler.kernels.tuning.tables import LinearConfig
 
 on_modes = pytest.mark.parametrize("mode", ON_GPU)
 QUADS = LinearConfig("quads", 4, 4, 1, 1, 1)
+DOTS = LinearConfig("dots", 32, 8, 1, 1, 2)
 GEMM = LinearConfig("gemm", 64, 16, 1, 4, 2)
 WIDE = LinearConfig("wide", 64, 16, 1, 4, 2)
 DENSE = LinearConfig("dense")
-ROADS = pytest.mark.parametrize("config", [QUADS, GEMM, WIDE, DENSE], ids=lambda config: config.kind)
+ROADS = pytest.mark.parametrize("config", [QUADS, DOTS, GEMM, WIDE, DENSE], ids=lambda config: config.kind)
 # The interpreter is slow: it sees fewer shapes.
 GROUP_SIZES = [0, 16, 32, 64, 128, 256] if DEVICE.type == "cuda" else [0, 16, 128]
 RAGGED = [(2, 1000), (4, 1100), (3, 512), (8, 330)] if DEVICE.type == "cuda" else [(4, 500), (3, 320)]
@@ -65,7 +66,7 @@ def test_every_group_size_on_ragged_widths(mode, bits, group_size, k, config):
 
 
 @on_modes
-@pytest.mark.parametrize("config", [QUADS, GEMM, WIDE], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", [QUADS, DOTS, GEMM, WIDE], ids=lambda config: config.kind)
 @pytest.mark.parametrize("split", [2, 3, 8])
 def test_split_k_gives_the_same_sum_every_time(mode, config, split):
     arguments, wanted, size = prepared(4, 64, 20, 2048, 2, torch.float16)
@@ -94,7 +95,7 @@ def test_rows_that_are_no_pairs_take_another_road(mode, k, skip):
 
 
 @on_modes
-@pytest.mark.parametrize("config", [QUADS, GEMM, WIDE], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", [QUADS, DOTS, GEMM, WIDE], ids=lambda config: config.kind)
 def test_outputs_are_written_everywhere(mode, config, monkeypatch):
     arguments, wanted, size = prepared(4, 64, 37, 2048, 3, torch.float16)
     filled = []

@@ -15,15 +15,18 @@ TOLERANCES = {
 }
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, *, scale: float = 1.0) -> None:
-    """Compare in float64 within the tolerance of `actual`'s dtype.
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, *, scale: float = 1.0, like: torch.dtype | None = None
+) -> None:
+    """Compare in float64 within the tolerance of `actual`'s dtype, or of the dtype that it is to be `like`.
 
     Args:
         actual: The result under test.
         expected: The oracle's result, of any dtype.
         scale: Typical magnitude of the result, where it is not about 1; multiplies atol.
+        like: Where a kernel rounds on its way to fewer bits than its result has.
     """
-    rtol, atol = TOLERANCES[actual.dtype]
+    rtol, atol = TOLERANCES[like or actual.dtype]
     assert actual.shape == expected.shape
     torch.testing.assert_close(
         actual.double().cpu(), expected.double().cpu(), rtol=rtol, atol=atol * scale, check_device=False
