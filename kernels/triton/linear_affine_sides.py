@@ -1,8 +1,9 @@
 """Launches the Triton kernels of `qcompiler::linear_affine_sides`; the reference's result up to rounding.
 
-Four roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to
-four tokens, "gemm" on tensor cores for a few, "wide" for many, or the "dense"
-weight and a library matmul. Nothing waits for the device and every buffer's
+Five roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to
+four tokens; on tensor cores "dots" for a few, which scales sums instead of
+weights, "gemm" for some more, "wide" for many; or the "dense" weight and a
+library matmul. Nothing waits for the device and every buffer's
 size follows from the shapes, so all of it can stand in a CUDA graph. Split-K
 parts are summed by a second kernel in a fixed order: results are reproducible
 bit for bit.
