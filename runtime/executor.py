@@ -113,26 +113,41 @@ class Executor:
         (logits, *_) = self.program({**tensors, **self.pages, "max_query_len": max_query_len})
         return logits[0]
 
+    def warm_up(self, sequences: int | Seq[int]) -> None:
+        """Capture decode steps of short contexts now: of these numbers of sequences, or of all up to one."""
+        if isinstance(sequences, int):
+            most = next((s for s in DECODE_SIZES if s >= sequences), DECODE_SIZES[-1])
+            sequences = [s for s in DECODE_SIZES if s <= most]
+        for number in sequences:
+            count = next((s for s in DECODE_SIZES if s >= number), None)
+            if self._use_graphs and count is not None:
+                self._graph(count, _MIN_TABLE)
+
     def _replay(self, batch: StepBatch) -> torch.Tensor:
-        count = next(s for s in DECODE_SIZES if s >= len(batch.spans))
         width = _MIN_TABLE
         while width < batch.max_pages:
             width *= 2
-        graph = self._graphs.get((count, width))
+        graph = self._graph(next(s for s in DECODE_SIZES if s >= len(batch.spans)), width)
         if graph is None:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                graph = _DecodeGraph(self, count, width, self._pool)
-            except (RuntimeError, GraphRunError) as e:
-                # Some op waits for the device, which a capture cannot; the step itself can run.
-                log.warning("decode runs without CUDA graphs: %s", e)
-                self._use_graphs = False
-                return self.run(list(batch.spans))
-            self._graphs[count, width] = graph
+            return self.run(list(batch.spans))
         logits, tokens = graph.replay(batch.spans)
         self._replayed = logits[: len(batch.spans)], tokens[: len(batch.spans)]
         return self._replayed[0]
+
+    def _graph(self, count: int, width: int) -> _DecodeGraph | None:
+        """The captured step; None if none can be captured."""
+        graph = self._graphs.get((count, width))
+        if graph is not None:
+            return graph
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            graph = self._graphs[count, width] = _DecodeGraph(self, count, width, self._pool)
+        except (RuntimeError, GraphRunError) as e:
+            # Some op waits for the device, which a capture cannot; the step itself can run.
+            log.warning("decode runs without CUDA graphs: %s", e)
+            self._use_graphs = False
+        return graph
 
 
 class _DecodeGraph:
