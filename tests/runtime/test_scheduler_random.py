@@ -231,3 +231,23 @@ def test_a_cancelled_task_may_be_cancelled_again():
     assert not scheduler.step()
     with pytest.raises(QCompilerError):
         scheduler.task([], SamplingParams(), reader)
+
+
+def test_steps_launched_ahead_compute_and_cache_no_less_and_no_more():
+    """An answer is a prompt's beginning later on; its pages are found, and no step is launched in vain."""
+    found = []
+    for ahead in (False, True):
+        scheduler, memory = scheduler_with(12, ahead=ahead)
+        reader = Reader()
+        scheduler.add(scheduler.task([1, 0], SamplingParams(max_tokens=12), reader))
+        while scheduler.step():
+            pass
+        steps = len(memory.steps)
+        again = scheduler.task([1, 0, *reader.tokens, 1], SamplingParams(max_tokens=2), Reader())
+        scheduler.add(again)
+        while scheduler.step():
+            pass
+        found.append((reader.tokens, steps, len(memory.steps), again.cached_tokens, again.sink.tokens))
+    assert found[0] == found[1]
+    assert found[0][1] == 12
+    assert found[0][3] == 12
