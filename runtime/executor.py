@@ -108,8 +108,7 @@ class Executor:
         feeds = tensors.get("feeds")
         if feeds is not None:
             # A row of NaN has token −1; what comes of it is thrown away, but it must be in the vocabulary.
-            kept = self._tokens[feeds.clamp_min(0)].clamp_min(0)
-            tensors = {**tensors, "input_ids": torch.where(feeds < 0, tensors["input_ids"], kept)}
+            tensors = {**tensors, "input_ids": _feed(tensors["input_ids"], feeds, self._tokens)}
         (logits, *_) = self.program({**tensors, **self.pages, "max_query_len": max_query_len})
         return logits[0]
 
@@ -150,10 +149,21 @@ class Executor:
         return graph
 
 
+def _feed(ids: torch.Tensor, feeds: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Token ids [1, tokens], those with a feed taken from the kept ones."""
+    if ids.device.type == "cuda":
+        from qcompiler.kernels.triton.tokens import feed_tokens
+
+        return feed_tokens(ids, feeds, kept)
+    return torch.where(feeds < 0, ids, kept[feeds.clamp_min(0)].clamp_min(0))
+
+
 class _DecodeGraph:
     """One captured decode step of `count` sequences with `width` columns in the block table."""
 
     def __init__(self, executor: Executor, count: int, width: int, pool: Any):
+        from qcompiler.kernels.triton.tokens import greedy_tokens
+
         self._buffer = IndexBuffer(
             {
                 "input_ids": (1, count),
@@ -176,15 +186,15 @@ class _DecodeGraph:
         self._buffer.fill(arrays)
         stream = torch.cuda.Stream(executor.device)
         stream.wait_stream(torch.cuda.current_stream(executor.device))
-        with torch.cuda.stream(stream):
+        unused = torch.zeros_like(executor._tokens[:count])  # what is kept of the step before feeds the next
+        with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(2):
-                greedy(executor._call(self._buffer.tensors, 1))
+                greedy_tokens(executor._call(self._buffer.tensors, 1), unused)
         torch.cuda.current_stream(executor.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool), torch.inference_mode():
             self._logits = executor._call(self._buffer.tensors, 1)
-            self._tokens = greedy(self._logits)
-            executor._tokens[:count] = self._tokens
+            self._tokens = greedy_tokens(self._logits, executor._tokens)
         self._rows = [
             DecodeRows(views, executor.page_size, executor.position_offset)
             for views in self._buffer.host_views
