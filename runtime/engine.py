@@ -232,6 +232,9 @@ class Engine:
         try:
             while pending or active:
                 with self.lock:
+                    if self._flight is not None:  # its tokens on the device are those of the last run
+                        before, self._flight = self._flight, None
+                        self._land(before)
                     room = budget - sum(len(t) - c for _, t, c, _ in active)
                     while pending and room > 0:
                         pages = self.allocator.allocate(self.allocator.pages_for(len(pending[0][1])))

@@ -209,6 +209,25 @@ def test_a_step_that_cannot_be_launched_loses_no_token(float_model, monkeypatch)
     assert sequence.generated == expected
 
 
+def test_scores_between_steps_disturb_no_token(float_model):
+    prompt = float_model.tokenizer.encode(WORDS[0])
+    expected = float_model.generate_tokens(prompt, max_tokens=12).token_ids
+    engine = engine_for(float_model, ahead=True)
+    run = engine.executor.run
+
+    def like_a_graph(spans):
+        logits = run(spans)
+        engine.executor.keep(engine.executor.likeliest(logits))
+        return logits
+
+    engine.executor.run = like_a_graph
+    sequence = engine.add(prompt, SamplingParams(max_tokens=12))
+    while sequence.finish_reason is None:
+        engine.step()
+        list(engine.score([[7]]))
+    assert sequence.generated == expected
+
+
 def test_rows_of_the_next_step_are_those_of_the_whole_arrays():
     """Steps written over one another, as sequences come, grow and go."""
     count, width, size = 6, 4, 3
