@@ -73,7 +73,7 @@ class Staging:
         event = self._copied[index]
         if event is not None:
             event.synchronize()
-        view = memoryview(self._blocks[index].numpy())[:size]
+        view = self._blocks[index].numpy().data[:size]
         while view:
             try:
                 count = os.preadv(file, [view], begin)
