@@ -219,10 +219,10 @@ def choose(
         uniforms = _tensor([states[i].uniform() for i in drawn], torch.float64, scores.device)
         params = [states[i].params for i in drawn]
         if len(drawn) == len(states):
-            tokens = _invert(process(scores, params), uniforms)
+            tokens = draw(process(scores, params), uniforms)
         else:
             rows = _tensor(drawn, torch.int64, scores.device)
-            tokens[rows] = _invert(process(scores[rows], params), uniforms)
+            tokens[rows] = draw(process(scores[rows], params), uniforms)
     finite = torch.isfinite(scores.amax(-1))  # amax of a row with NaN is NaN
     return tokens.masked_fill(~finite, -1)
 
@@ -292,8 +292,22 @@ def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Seq
             scores[i].index_add_(0, tokens, added)
 
 
-def _invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row where the cumulative probability passes the row's uniform number."""
+def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """`invert`, on a GPU without writing the distribution down."""
+    if scores.device.type != "cuda":
+        return invert(scores, uniforms)
+    from qcompiler.kernels.triton.token_draw import draw_tokens
+
+    return draw_tokens(scores, uniforms)
+
+
+def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token of each row where the cumulative probability passes the row's uniform number.
+
+    Args:
+        scores: Logits fp32 [rows, vocabulary]; −inf is never drawn.
+        uniforms: fp64 [rows], in [0, 1).
+    """
     cumulative = scores.double().softmax(-1).cumsum(-1)
     target = (uniforms.unsqueeze(1) * cumulative[:, -1:]).contiguous()
     index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
