@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.model import device_name
 from qcompiler.runtime.executor import DECODE_SIZES
 from qcompiler.runtime.model import Model, load
 from qcompiler.runtime.sampling import SamplingParams
@@ -105,7 +104,8 @@ def main() -> None:
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     result = {
         "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
-        "model": options.artifact.name, "device": device_name(options.device),
+        "model": options.artifact.name,
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
         "torch": torch.__version__, "python": platform.python_version(),
         "cold_start": model.cold_start.to_json(), "rows": rows,
     }  # fmt: skip

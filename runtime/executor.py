@@ -36,6 +36,7 @@ class Executor:
         page_size: Tokens per page.
         position_offset: Position id of a sequence's first token.
         cuda_graphs: Capture decode steps; only on CUDA.
+        token_kernels: On a GPU, choose and hand on tokens by kernels made for it, not by torch's.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Executor:
         *,
         position_offset: int = 0,
         cuda_graphs: bool = True,
+        token_kernels: bool = True,
     ):
         self.program = program
         self.device = program.device
@@ -54,6 +56,7 @@ class Executor:
         self.num_pages = num_pages
         self.position_offset = position_offset
         self.pages = allocate_pages(specs, num_pages, page_size, self.device)
+        self._token_kernels = token_kernels and self.device.type == "cuda"
         self._use_graphs = cuda_graphs and self.device.type == "cuda"
         self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
         self._pool: Any = None
@@ -108,9 +111,27 @@ class Executor:
         feeds = tensors.get("feeds")
         if feeds is not None:
             # A row of NaN has token −1; what comes of it is thrown away, but it must be in the vocabulary.
-            tensors = {**tensors, "input_ids": _feed(tensors["input_ids"], feeds, self._tokens)}
+            tensors = {**tensors, "input_ids": self._fed(tensors["input_ids"], feeds)}
         (logits, *_) = self.program({**tensors, **self.pages, "max_query_len": max_query_len})
         return logits[0]
+
+    def _fed(self, ids: torch.Tensor, feeds: torch.Tensor) -> torch.Tensor:
+        """Token ids [1, tokens], those with a feed taken from the kept ones."""
+        if self._token_kernels:
+            from qcompiler.kernels.triton.tokens import feed_tokens
+
+            return feed_tokens(ids, feeds, self._tokens)
+        return torch.where(feeds < 0, ids, self._tokens[feeds.clamp_min(0)].clamp_min(0))
+
+    def _greedy_kept(self, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """The likeliest token of each row [rows], which `kept` gets too."""
+        if self._token_kernels and logits.stride(-1) == 1:
+            from qcompiler.kernels.triton.tokens import greedy_tokens
+
+            return greedy_tokens(logits, kept)
+        tokens = greedy(logits)
+        kept[: tokens.shape[0]] = tokens
+        return tokens
 
     def warm_up(self, sequences: int | Seq[int]) -> None:
         """Capture decode steps of short contexts now: of these numbers of sequences, or of all up to one."""
@@ -149,21 +170,10 @@ class Executor:
         return graph
 
 
-def _feed(ids: torch.Tensor, feeds: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Token ids [1, tokens], those with a feed taken from the kept ones."""
-    if ids.device.type == "cuda":
-        from qcompiler.kernels.triton.tokens import feed_tokens
-
-        return feed_tokens(ids, feeds, kept)
-    return torch.where(feeds < 0, ids, kept[feeds.clamp_min(0)].clamp_min(0))
-
-
 class _DecodeGraph:
     """One captured decode step of `count` sequences with `width` columns in the block table."""
 
     def __init__(self, executor: Executor, count: int, width: int, pool: Any):
-        from qcompiler.kernels.triton.tokens import greedy_tokens
-
         self._buffer = IndexBuffer(
             {
                 "input_ids": (1, count),
@@ -189,12 +199,12 @@ class _DecodeGraph:
         unused = torch.zeros_like(executor._tokens[:count])  # what is kept of the step before feeds the next
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(2):
-                greedy_tokens(executor._call(self._buffer.tensors, 1), unused)
+                executor._greedy_kept(executor._call(self._buffer.tensors, 1), unused)
         torch.cuda.current_stream(executor.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool), torch.inference_mode():
             self._logits = executor._call(self._buffer.tensors, 1)
-            self._tokens = greedy_tokens(self._logits, executor._tokens)
+            self._tokens = executor._greedy_kept(self._logits, executor._tokens)
         self._rows = [
             DecodeRows(views, executor.page_size, executor.position_offset)
             for views in self._buffer.host_views

@@ -65,6 +65,7 @@ def load(
     lean: bool = False,
     kv_bits: str | int | None = None,
     warm_up: Seq[int] | bool = False,
+    ahead: bool | None = None,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -80,6 +81,7 @@ def load(
         kv_bits: Of the KV cache: 16, 8, 4 or "fp8"; as the artifact was compiled when None.
         warm_up: Capture decode steps before the first request: for these numbers of sequences, or for all
             up to `max_sequences` if True. Otherwise each is captured when it is first needed.
+        ahead: Launch a step before the tokens of the one before are read; on a GPU when None.
 
     Returns:
         The model, ready to generate.
@@ -101,6 +103,7 @@ def load(
         lean=lean,
         kv_bits=kv_bits,
         warm_up=warm_up,
+        ahead=ahead,
         cold_start=clock,
     )
 
@@ -116,6 +119,7 @@ def load_opened(
     lean: bool = False,
     kv_bits: str | int | None = None,
     warm_up: Seq[int] | bool = False,
+    ahead: bool | None = None,
     cold_start: ColdStart | None = None,
 ) -> Model:
     """`load` of an artifact that was opened and verified before; `cold_start` has timed what came before."""
@@ -144,6 +148,7 @@ def load_opened(
         eos_token_ids=_eos_token_ids(artifact),
         max_sequences=limits.max_sequences,
         max_step_tokens=limits.max_step_tokens,
+        ahead=ahead,
     )
     if warm_up is not False and chosen.type == "cuda":
         with clock.phase("graphs"):

@@ -26,6 +26,8 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_BIASES = 1024
 _LEAST_TEMPERATURE = 1e-4
+# On a GPU, draw tokens by the kernel made for it; otherwise by `invert` there too.
+DRAW_KERNEL = True
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Seq
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """`invert`, on a GPU without writing the distribution down."""
-    if scores.device.type != "cuda":
+    if scores.device.type != "cuda" or not DRAW_KERNEL:
         return invert(scores, uniforms)
     from qcompiler.kernels.triton.token_draw import draw_tokens
 

@@ -37,6 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# To a GPU through pinned memory, several threads reading; otherwise straight from the memory map.
+STAGED = True
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -116,7 +118,7 @@ class TensorReader:
         from safetensors import SafetensorError, safe_open
 
         device = torch.device(device)
-        if device.type == "cuda":
+        if device.type == "cuda" and STAGED:
             return self._staged(name, device)
         file = self.file_of[name]
         try:
@@ -125,7 +127,7 @@ class TensorReader:
             tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{file}: tensor {name!r} cannot be read: {e}") from e
-        return tensor
+        return tensor.to(device) if device.type != "cpu" else tensor
 
     def _staged(self, name: str, device: torch.device) -> torch.Tensor:
         if self._staging is None:

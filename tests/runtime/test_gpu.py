@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 import torch
 
+from qcompiler.runtime import sampling, tensorfile
+from qcompiler.runtime.artifact import open_artifact
 from qcompiler.runtime.batch import Span
 from qcompiler.runtime.model import load
 from qcompiler.runtime.sampling import SamplerState, SamplingParams, greedy, sample
+from qcompiler.runtime.service import Request, Service
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,8 +68,35 @@ def test_the_cache_leaves_memory_free(pair):
     assert free > 0.05 * total
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_steps_launched_ahead_say_what_steps_in_order_say(pair, graphs):
+# Each way to run a step: launched ahead, captured, tokens by our kernels, drawn by ours. The first is plain.
+ROADS = [
+    (False, False, False, False),
+    (False, True, False, False),
+    (True, False, False, False),
+    (True, True, False, False),
+    (True, True, True, False),
+    (True, True, True, True),
+    (True, False, True, True),
+    (False, True, True, True),
+]
+
+
+@contextlib.contextmanager
+def road(model, ahead, graphs, kernels, drawn):
+    engine, executor = model.engine, model.engine.executor
+    before = engine.ahead, executor._use_graphs, executor._token_kernels, executor._graphs
+    engine.ahead, executor._use_graphs, executor._token_kernels = ahead, graphs, kernels
+    if kernels != before[2]:
+        executor._graphs = {}
+    was, sampling.DRAW_KERNEL = sampling.DRAW_KERNEL, drawn
+    try:
+        yield
+    finally:
+        engine.ahead, executor._use_graphs, executor._token_kernels, executor._graphs = before
+        sampling.DRAW_KERNEL = was
+
+
+def test_every_road_of_a_step_says_the_same(pair):
     """Greedy, drawn and penalized tokens, ends at different moments, prompts that come late."""
     _, gpu = pair
     engine = gpu.engine
@@ -72,21 +105,47 @@ def test_steps_launched_ahead_say_what_steps_in_order_say(pair, graphs):
         {"stop_token_ids": tuple(range(3, 200, 4))}, {"repetition_penalty": 1.2},
     ]  # fmt: skip
     answers = {}
-    for ahead in (False, True):
-        for mixed in (False, True):
-            engine.ahead, engine.executor._use_graphs = ahead, graphs
-            sequences = []
-            for number, text in enumerate(PROMPTS * 3):
-                options = kinds[number % len(kinds) if mixed else number % 2]
-                params = SamplingParams(max_tokens=10 + 3 * number, **options)
-                sequences.append(engine.add(gpu.tokenizer.encode(text), params))
-                engine.step()
-            engine.run(sequences)
-            answers[ahead, mixed] = [(s.generated, s.finish_reason) for s in sequences]
-            assert engine.allocator.available == engine.allocator.num_pages
-    engine.ahead, engine.executor._use_graphs = True, True
-    assert answers[True, False] == answers[False, False]
-    assert answers[True, True] == answers[False, True]
+    for settings in ROADS:
+        with road(gpu, *settings):
+            for kind in (kinds[:1], kinds[:3], kinds):
+                sequences = []
+                for number, text in enumerate(PROMPTS * 3):
+                    params = SamplingParams(max_tokens=10 + 3 * number, **kind[number % len(kind)])
+                    sequences.append(engine.add(gpu.tokenizer.encode(text), params))
+                    engine.step()
+                engine.run(sequences)
+                answers[settings, len(kind)] = [(s.generated, s.finish_reason) for s in sequences]
+                assert engine.allocator.available == engine.allocator.num_pages
+    different = [key for key, found in answers.items() if found != answers[ROADS[0], key[1]]]
+    assert not different, "(ahead, graphs, token kernels, draw kernel), kinds of sampling"
+
+
+@pytest.mark.parametrize("settings", [ROADS[1], ROADS[3], ROADS[5]], ids=str)
+def test_a_service_gives_every_page_back_on_every_road(pair, settings):
+    _, gpu = pair
+    with road(gpu, *settings):
+        expected = [gpu.generate_tokens(gpu.tokenizer.encode(p), max_tokens=20).token_ids for p in PROMPTS]
+        with Service(gpu) as service:
+            requests = [Request(gpu.tokenizer.encode(p), SamplingParams(max_tokens=20)) for p in PROMPTS * 3]
+            streams = [service.submit(request) for request in requests]
+            streams[1].cancel()
+            found = [[e.token for e in stream][:-1] for stream in streams[2:]]
+            service.check()
+            while service.stats().running or service.stats().waiting:
+                time.sleep(0.01)
+            assert service.scheduler.pool.held == 0
+        assert found == (expected * 3)[2:]
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_weights_on_the_gpu_are_those_of_the_file(tiny_q4, monkeypatch, staged):
+    monkeypatch.setattr(tensorfile, "STAGED", staged)
+    reader = open_artifact(tiny_q4, verify="sizes").tensors
+    for _ in range(3):
+        on_gpu = {name: reader.read(name, torch.device("cuda", 0)) for name in reader.entries}
+        for name, tensor in on_gpu.items():
+            assert torch.equal(tensor.cpu(), reader.read(name)), name
+    reader.close()
 
 
 def test_the_host_waits_for_nothing_but_the_step_before(pair):
