@@ -169,6 +169,7 @@ class Engine:
         with self.lock:
             if sequence.finish_reason is None:
                 self._finish(sequence, "aborted")
+                self._drop_unwanted()
 
     def step(self) -> bool:
         """Launch a step and take the tokens of the one before; False when nothing is left to do."""
@@ -187,8 +188,7 @@ class Engine:
             if flight is not None and flight.blocking:
                 self._flight = None
                 self._land(flight)
-            elif flight is not None and all(s.finish_reason is not None for s in flight.work):
-                self._flight = None  # nobody wants what comes of it
+            self._drop_unwanted()
             return True
 
     def run(self, sequences: Seq[Sequence]) -> None:
@@ -307,6 +307,11 @@ class Engine:
             work.append((sequence, count))
             budget -= count
         return work
+
+    def _drop_unwanted(self) -> None:
+        """Forget a step on its way if all that it was for have ended."""
+        if self._flight is not None and all(s.finish_reason is not None for s in self._flight.work):
+            self._flight = None
 
     def _land(self, flight: Flight[Sequence]) -> None:
         for sequence, token, _ in flight.land():

@@ -111,6 +111,7 @@ def test_stop_strings_and_streams_end_where_they_did(float_model):
         stream = float_model.generate(WORDS, stream=True, max_tokens=24)
         next(stream)
         stream.close()
+        assert float_model.engine._flight is None
         assert float_model.engine.allocator.available == float_model.engine.allocator.num_pages
     finally:
         float_model.engine.ahead = False
