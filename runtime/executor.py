@@ -16,7 +16,7 @@ import torch
 from qcompiler.runtime.batch import DecodeRows, IndexBuffer, Span, StepBatch
 from qcompiler.runtime.pages import PageSpec, allocate_pages
 from qcompiler.runtime.program import GraphRunError, Program
-from qcompiler.runtime.sampling import greedy
+from qcompiler.runtime.sampling import draw, greedy
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,8 @@ class Executor:
             count = next((s for s in DECODE_SIZES if s >= number), None)
             if self._use_graphs and count is not None:
                 self._graph(count, _MIN_TABLE)
+        for graph in list(self._graphs.values())[:1]:
+            graph.draw()
 
     def _replay(self, batch: StepBatch) -> torch.Tensor:
         width = _MIN_TABLE
@@ -209,6 +211,12 @@ class _DecodeGraph:
             DecodeRows(views, executor.page_size, executor.position_offset)
             for views in self._buffer.host_views
         ]
+
+    @torch.inference_mode()
+    def draw(self) -> None:
+        """Draw a token from whatever the logits are, so that the kernels for it are compiled."""
+        number = torch.zeros(1, dtype=torch.float64, device=self._logits.device)
+        draw(self._logits[:1].float(), number)
 
     def replay(self, spans: Seq[Span]) -> tuple[torch.Tensor, torch.Tensor]:
         self._rows[self._buffer.acquire()].write(spans)

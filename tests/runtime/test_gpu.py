@@ -137,6 +137,19 @@ def test_a_service_gives_every_page_back_on_every_road(pair, settings):
         assert found == (expected * 3)[2:]
 
 
+def test_a_warm_model_has_captured_what_was_asked_for(tiny_q4):
+    warm = load(tiny_q4, device="cuda", max_sequences=9, max_cache_tokens=2048, warm_up=True)
+    assert {size for size, _ in warm.engine.executor._graphs} == {1, 2, 4, 8, 16}
+    some = load(tiny_q4, device="cuda", max_sequences=9, max_cache_tokens=2048, warm_up=[1, 3])
+    graphs = dict(some.engine.executor._graphs)
+    assert {size for size, _ in graphs} == {1, 4}
+    assert {"weights", "cache", "graphs"} <= set(some.cold_start.phases)
+    assert warm.generate(PROMPTS, max_tokens=8) == some.generate(PROMPTS, max_tokens=8)
+    in_order = load(tiny_q4, device="cuda", max_cache_tokens=2048, ahead=False)
+    assert in_order.engine.ahead is False
+    assert in_order.generate(PROMPTS, max_tokens=8) == some.generate(PROMPTS, max_tokens=8)
+
+
 @pytest.mark.parametrize("staged", [True, False])
 def test_weights_on_the_gpu_are_those_of_the_file(tiny_q4, monkeypatch, staged):
     monkeypatch.setattr(tensorfile, "STAGED", staged)
