@@ -21,7 +21,7 @@ class ReadBack:
     def __init__(self, tensors: Seq[torch.Tensor], device: torch.device):
         self._event: torch.cuda.Event | None = None
         if device.type != "cuda":
-            self._copies = list(tensors)
+            self._copies = [tensor.clone() for tensor in tensors]  # the next step may write over them
             return
         self._copies = []
         for tensor in tensors:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from qcompiler.runtime import executor as executor_module
 from qcompiler.runtime.batch import DecodeRows, IndexBuffer, Span, StepBatch
 from qcompiler.runtime.engine import Engine, NonFiniteLogitsError
 from qcompiler.runtime.memory import make_executor
@@ -256,3 +257,70 @@ def test_rows_of_the_next_step_are_those_of_the_whole_arrays():
         wanted["feeds"] = (batch.feeds or [-1] * len(spans)) + [-1] * (count - len(spans))
         for name, array in wanted.items():
             np.testing.assert_array_equal(buffer.tensors[name].numpy(), np.array(array), err_msg=name)
+
+
+@pytest.fixture
+def stand_in_graphs(monkeypatch):
+    """CUDA graphs on the CPU: what would be captured is computed again at each replay, in the same place."""
+
+    class Nothing:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    for name in ("Stream", "stream", "graph", "CUDAGraph", "graph_pool_handle", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    made = []
+    build = executor_module._DecodeGraph.__init__
+
+    def remember(self, executor, count, width, pool):
+        kept = executor._tokens.clone()
+        build(self, executor, count, width, pool)
+        executor._tokens.copy_(kept)  # a capture computes nothing
+        self.executor = executor
+        made.append((count, width))
+
+    @torch.inference_mode()
+    def replay(self, spans):
+        self._rows[self._buffer.acquire()].write(spans)
+        self._buffer.send()
+        self._logits.copy_(self.executor._call(self._buffer.tensors, 1))
+        self._tokens.copy_(self.executor._greedy_kept(self._logits, self.executor._tokens))
+        return self._logits, self._tokens
+
+    monkeypatch.setattr(executor_module._DecodeGraph, "__init__", remember)
+    monkeypatch.setattr(executor_module._DecodeGraph, "replay", replay)
+    return made
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_captured_steps_hand_their_tokens_on(float_model, stand_in_graphs, ahead, kernels):
+    """Padded steps of several sizes and widths, with prompts between them that no graph holds."""
+    if kernels:
+        pytest.importorskip("triton", reason="Triton is not installed")
+    answers = []
+    for graphs in (False, True):
+        engine = engine_for(float_model, ahead=ahead, max_sequences=5, max_cache_tokens=2048)
+        engine.executor._use_graphs = graphs
+        engine.executor._token_kernels = graphs and kernels
+        chance = random.Random(1)
+        sequences = []
+        for prompt, params in workload(float_model, 3, 8):
+            long = prompt * (30 if len(sequences) == 4 else 1)
+            sequences.append(engine.add(long[:140], params))
+            for _ in range(chance.randrange(4)):
+                engine.step()
+        engine.run(sequences)
+        answers.append([(s.generated, s.finish_reason) for s in sequences])
+    assert answers[0] == answers[1]
+    assert len({count for count, _ in stand_in_graphs}) >= 3
+    assert len({width for _, width in stand_in_graphs}) == 2
