@@ -3,7 +3,8 @@
 A step first takes one token of each sequence that is generating, then fills
 the rest of the token budget with prompts, in pieces if need be (chunked
 prefill). A sequence's pages are reserved when it starts, for its prompt and
-everything it may generate, so that none runs out midway.
+everything it may generate, so that none runs out midway. On a GPU the next step
+is launched before the tokens of the last one are read; see `pipeline`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from qcompiler.kernels.errors import InvalidInputError, QCompilerError
 from qcompiler.runtime.batch import Span
 from qcompiler.runtime.executor import Executor
 from qcompiler.runtime.pages import PageAllocator
-from qcompiler.runtime.sampling import SamplerState, SamplingParams, sample
+from qcompiler.runtime.pipeline import Flight, launch
+from qcompiler.runtime.sampling import SamplerState, SamplingParams
 
 FinishReason = Literal["stop", "length", "aborted"]
 # What the fp32 logits of one step of `score` may take.
@@ -37,7 +39,7 @@ class NonFiniteLogitsError(QCompilerError):
 class Sequence:
     """One prompt being continued.
 
-    `tokens` holds the prompt and what was generated; `computed` of them are in the cache.
+    `tokens` holds the prompt and what was generated; see `pipeline.Work`.
     """
 
     id: int
@@ -49,6 +51,9 @@ class Sequence:
     watch: Callable[[int], bool] | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    logprobs: int | None = None
+    flight: Flight[Sequence] | None = None
+    row: int = 0
     finish_reason: FinishReason | None = None
     error: QCompilerError | None = None
 
@@ -68,6 +73,7 @@ class Engine:
         eos_token_ids: End a sequence unless it ignores them.
         max_sequences: Most sequences that run at once; more wait.
         max_step_tokens: Most tokens of one step.
+        ahead: Launch a step before the tokens of the one before are known; on a GPU when None.
     """
 
     def __init__(
@@ -79,8 +85,10 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         max_sequences: int = 64,
         max_step_tokens: int = 2048,
+        ahead: bool | None = None,
     ):
         self.executor = executor
+        self.ahead = executor.device.type == "cuda" if ahead is None else ahead
         self.vocab_size = vocab_size
         self.max_context = max_context
         self.eos_token_ids = tuple(eos_token_ids)
@@ -90,6 +98,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._ids = itertools.count()
+        self._flight: Flight[Sequence] | None = None
         self.lock = threading.RLock()  # held while a step runs
 
     def check_tokens(self, tokens: Seq[int], *, room: int = 0) -> None:
@@ -160,32 +169,26 @@ class Engine:
         with self.lock:
             if sequence.finish_reason is None:
                 self._finish(sequence, "aborted")
+                self._drop_unwanted()
 
     def step(self) -> bool:
-        """Compute one step; False when nothing is left to do."""
+        """Launch a step and take the tokens of the one before; False when nothing is left to do."""
         with self.lock:
             work = self._schedule()
-            if not work:
+            before, self._flight = self._flight, None
+            if not work and before is None:
                 return False
-            spans, due = [], []
-            for sequence, count in work:
-                stop = sequence.computed + count
-                last = stop == len(sequence.tokens)
-                tokens = sequence.tokens[sequence.computed : stop]
-                spans.append(Span(tokens, sequence.computed, sequence.pages, [count - 1] if last else []))
-                if last:
-                    due.append(sequence)
-            if due:
-                logits = self.executor.run(spans)
-                tokens = sample(logits, [s.sampler for s in due], [s.tokens for s in due])
-            else:
-                # A graph gathers at least one row: an unfinished prompt's, which nobody looks at.
-                self.executor.run([*spans[:-1], _with_row(spans[-1])])
-                tokens = []
-            for sequence, count in work:
-                sequence.computed += count
-            for sequence, token in zip(due, tokens, strict=True):
-                self._accept(sequence, token)
+            try:
+                if work:
+                    self._flight = launch(self.executor, work, ahead=self.ahead)
+            finally:
+                if before is not None:
+                    self._land(before)
+            flight = self._flight
+            if flight is not None and flight.blocking:
+                self._flight = None
+                self._land(flight)
+            self._drop_unwanted()
             return True
 
     def run(self, sequences: Seq[Sequence]) -> None:
@@ -229,6 +232,9 @@ class Engine:
         try:
             while pending or active:
                 with self.lock:
+                    if self._flight is not None:  # its tokens on the device are those of the last run
+                        before, self._flight = self._flight, None
+                        self._land(before)
                     room = budget - sum(len(t) - c for _, t, c, _ in active)
                     while pending and room > 0:
                         pages = self.allocator.allocate(self.allocator.pages_for(len(pending[0][1])))
@@ -272,15 +278,20 @@ class Engine:
         """Who computes how many tokens in this step."""
         budget = self.max_step_tokens
         work: list[tuple[Sequence, int]] = []
-        decoding = [
-            s for s in self.running if s.computed == len(s.tokens) - 1 and s.computed >= s.prompt_length
-        ]
-        for sequence in decoding:
-            work.append((sequence, 1))
-            budget -= 1
-        chosen = set(map(id, decoding))
+        prompts = []
         for sequence in self.running:
-            if budget > 0 and id(sequence) not in chosen:
+            if sequence.flight is not None:
+                if len(sequence.tokens) + 1 < sequence.limit:  # else the token on its way is the last
+                    work.append((sequence, 1))
+            elif (
+                sequence.computed == len(sequence.tokens) - 1 and sequence.computed >= sequence.prompt_length
+            ):
+                work.append((sequence, 1))
+            else:
+                prompts.append(sequence)
+        budget -= len(work)
+        for sequence in prompts:
+            if budget > 0:
                 count = min(budget, len(sequence.tokens) - sequence.computed)
                 work.append((sequence, count))
                 budget -= count
@@ -296,6 +307,16 @@ class Engine:
             work.append((sequence, count))
             budget -= count
         return work
+
+    def _drop_unwanted(self) -> None:
+        """Forget a step on its way if all that it was for have ended."""
+        if self._flight is not None and all(s.finish_reason is not None for s in self._flight.work):
+            self._flight = None
+
+    def _land(self, flight: Flight[Sequence]) -> None:
+        for sequence, token, _ in flight.land():
+            if sequence.finish_reason is None:  # else it was launched before the end was known
+                self._accept(sequence, token)
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         if token < 0:
@@ -319,7 +340,3 @@ class Engine:
             self.waiting.remove(sequence)
         self.allocator.release(sequence.pages)
         sequence.pages = []
-
-
-def _with_row(span: Span) -> Span:
-    return Span(span.tokens, span.start, span.pages, [len(span.tokens) - 1])

@@ -8,6 +8,7 @@ for piece in model.generate("Once upon a time", stream=True):
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ import torch
 from qcompiler.kernels.errors import ArtifactError, InvalidInputError
 from qcompiler.runtime.artifact import Artifact, Verify, open_artifact
 from qcompiler.runtime.chat import MAX_SECONDS, ChatTemplate, find_template
+from qcompiler.runtime.cold_start import ColdStart
 from qcompiler.runtime.engine import Engine, FinishReason, Sequence
 from qcompiler.runtime.loader import choose_device, load_program
 from qcompiler.runtime.memory import make_executor
@@ -28,6 +30,8 @@ from qcompiler.runtime.program import Program
 from qcompiler.runtime.prompts import chat_tokens
 from qcompiler.runtime.sampling import SamplingParams
 from qcompiler.runtime.tokenizer import TextStream, Tokenizer
+
+log = logging.getLogger(__name__)
 
 Pooling = Literal["none", "mean", "first"]
 
@@ -60,6 +64,8 @@ def load(
     cuda_graphs: bool = True,
     lean: bool = False,
     kv_bits: str | int | None = None,
+    warm_up: Seq[int] | bool = False,
+    ahead: bool | None = None,
 ) -> Model:
     """Open an artifact, verify it, and put it on a device.
 
@@ -73,6 +79,9 @@ def load(
         cuda_graphs: Capture decode steps as CUDA graphs.
         lean: On a CPU, keep only packed weights: less memory, slower long prompts.
         kv_bits: Of the KV cache: 16, 8, 4 or "fp8"; as the artifact was compiled when None.
+        warm_up: Capture decode steps before the first request: for these numbers of sequences, or for all
+            up to `max_sequences` if True. Otherwise each is captured when it is first needed.
+        ahead: Launch a step before the tokens of the one before are read; on a GPU when None.
 
     Returns:
         The model, ready to generate.
@@ -81,8 +90,11 @@ def load(
         ArtifactError: the artifact is damaged or hostile, or this machine cannot run it.
         InvalidInputError: an option or device makes no sense.
     """
+    clock = ColdStart()
+    with clock.phase("verify"):
+        artifact = open_artifact(path, verify=verify)
     return load_opened(
-        open_artifact(path, verify=verify),
+        artifact,
         device,
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
@@ -90,6 +102,9 @@ def load(
         cuda_graphs=cuda_graphs,
         lean=lean,
         kv_bits=kv_bits,
+        warm_up=warm_up,
+        ahead=ahead,
+        cold_start=clock,
     )
 
 
@@ -103,22 +118,29 @@ def load_opened(
     cuda_graphs: bool = True,
     lean: bool = False,
     kv_bits: str | int | None = None,
+    warm_up: Seq[int] | bool = False,
+    ahead: bool | None = None,
+    cold_start: ColdStart | None = None,
 ) -> Model:
-    """`load` of an artifact that was opened and verified before."""
+    """`load` of an artifact that was opened and verified before; `cold_start` has timed what came before."""
+    clock = cold_start or ColdStart()
     chosen = choose_device(artifact, device)
-    program = load_program(artifact, chosen, lean=lean, kv_bits=kv_bits)
+    with clock.phase("weights"):
+        program = load_program(artifact, chosen, lean=lean, kv_bits=kv_bits)
+        _settle(chosen)
     if artifact.manifest.kind == "encoder":
-        return Model(artifact, program, None)
+        return Model(artifact, program, None, cold_start=clock)
     model = artifact.manifest.model
-    executor, limits = make_executor(
-        program,
-        max_context=model.max_context,
-        position_offset=model.position_offset,
-        max_sequences=max_sequences,
-        max_step_tokens=max_step_tokens,
-        max_cache_tokens=max_cache_tokens,
-        cuda_graphs=cuda_graphs,
-    )
+    with clock.phase("cache"):
+        executor, limits = make_executor(
+            program,
+            max_context=model.max_context,
+            position_offset=model.position_offset,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            max_cache_tokens=max_cache_tokens,
+            cuda_graphs=cuda_graphs,
+        )
     engine = Engine(
         executor,
         vocab_size=model.vocab_size,
@@ -126,15 +148,34 @@ def load_opened(
         eos_token_ids=_eos_token_ids(artifact),
         max_sequences=limits.max_sequences,
         max_step_tokens=limits.max_step_tokens,
+        ahead=ahead,
     )
-    return Model(artifact, program, engine)
+    if warm_up is not False and chosen.type == "cuda":
+        with clock.phase("graphs"):
+            executor.warm_up(limits.max_sequences if warm_up is True else warm_up)
+            _settle(chosen)
+    log.info("ready after %s", clock)
+    return Model(artifact, program, engine, cold_start=clock)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Model:
     """A loaded artifact; see `load`."""
 
-    def __init__(self, artifact: Artifact, program: Program, engine: Engine | None):
+    def __init__(
+        self,
+        artifact: Artifact,
+        program: Program,
+        engine: Engine | None,
+        *,
+        cold_start: ColdStart | None = None,
+    ):
         self.artifact = artifact
+        self.cold_start = cold_start or ColdStart()
         self.program = program
         self._engine = engine
         self._tokenizer: Tokenizer | None = None

@@ -26,6 +26,8 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_BIASES = 1024
 _LEAST_TEMPERATURE = 1e-4
+# On a GPU, draw tokens by the kernel made for it; otherwise by `invert` there too.
+DRAW_KERNEL = True
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,16 @@ class SamplerState:
         seed = self.params.seed
         self.generator.manual_seed(secrets.randbits(63) if seed is None else seed)
 
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token is taken, by the logits as they are."""
+        return self.params.temperature == 0 and not self.reads_tokens
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the choice of a token needs those before it on the host."""
+        return self.params.adjusts_logits or self.constraint is not None
+
     def uniform(self) -> float:
         """The request's next number in [0, 1), with 53 bits."""
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
@@ -170,7 +182,21 @@ class SamplerState:
 def sample(
     logits: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
 ) -> list[int]:
-    """Choose one token per row.
+    """`choose`, and wait for the token ids."""
+    return choose(logits, states, histories).tolist()
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row [rows, vocabulary]; −1 where logits are NaN or nothing is finite."""
+    best = logits.max(-1)
+    # The largest of a row with NaN is NaN. (`where` with a number would make the host wait for a GPU.)
+    return best.indices.masked_fill(~torch.isfinite(best.values), -1)
+
+
+def choose(
+    logits: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Choose one token per row, where the logits are; the host does not wait for it.
 
     Args:
         logits: [rows, vocabulary], any floating dtype.
@@ -178,7 +204,7 @@ def sample(
         histories: Prompt and generated tokens of each row; read only where there is a penalty.
 
     Returns:
-        Token ids; −1 for a row whose logits hold NaN or nothing finite.
+        Token ids int64 [rows]; −1 for a row whose logits hold NaN or nothing finite.
     """
     scores = logits.float()
     if any(s.params.adjusts_logits for s in states):
@@ -192,14 +218,15 @@ def sample(
     tokens = scores.argmax(-1)
     drawn = [i for i, s in enumerate(states) if s.params.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=scores.device)
-        kept = process(scores[rows], [states[i].params for i in drawn])
-        uniforms = torch.tensor(
-            [states[i].uniform() for i in drawn], dtype=torch.float64, device=scores.device
-        )
-        tokens[rows] = _invert(kept, uniforms)
+        uniforms = _tensor([states[i].uniform() for i in drawn], torch.float64, scores.device)
+        params = [states[i].params for i in drawn]
+        if len(drawn) == len(states):
+            tokens = draw(process(scores, params), uniforms)
+        else:
+            rows = _tensor(drawn, torch.int64, scores.device)
+            tokens[rows] = draw(process(scores[rows], params), uniforms)
     finite = torch.isfinite(scores.amax(-1))  # amax of a row with NaN is NaN
-    return torch.where(finite, tokens, -1).tolist()
+    return tokens.masked_fill(~finite, -1)
 
 
 def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -211,30 +238,39 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     """
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=scores.dtype, device=scores.device).unsqueeze(1)
+        return _tensor(values, scores.dtype, scores.device).unsqueeze(1)
 
     vocabulary = scores.shape[-1]
     # A temperature that is no fp32 number, or hardly one, would make infinities of the logits.
     scores = scores / column([max(p.temperature, _LEAST_TEMPERATURE) for p in params])
     top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocabulary]
     if top_k:
-        counts = torch.tensor([params[i].top_k for i in top_k], device=scores.device).unsqueeze(1)
-        rows = scores[top_k]
-        best = rows.topk(int(counts.max()), dim=-1).values
-        scores[top_k] = rows.masked_fill(rows < best.gather(1, counts - 1), -math.inf)
+        at = _tensor(top_k, torch.int64, scores.device)
+        last = _tensor([params[i].top_k - 1 for i in top_k], torch.int64, scores.device).unsqueeze(1)
+        rows = scores[at]
+        best = rows.topk(max(params[i].top_k for i in top_k), dim=-1).values
+        scores[at] = rows.masked_fill(rows < best.gather(1, last), -math.inf)
     top_p = [i for i, p in enumerate(params) if p.top_p < 1.0]
     if top_p:
-        rows = scores[top_p]
+        at = _tensor(top_p, torch.int64, scores.device)
+        rows = scores[at]
         ascending, order = rows.sort(dim=-1, stable=True)
         mass = ascending.softmax(-1).cumsum(-1)
         drop = mass <= 1 - column([params[i].top_p for i in top_p])
         drop[:, -1] = False
-        scores[top_p] = rows.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
+        scores[at] = rows.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -math.inf)
     if any(p.min_p > 0 for p in params):
         probabilities = scores.softmax(-1)
         floor = probabilities.amax(-1, keepdim=True) * column([p.min_p for p in params])
         scores = scores.masked_fill(probabilities < floor, -math.inf)
     return scores
+
+
+def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Values on a device, which the host does not wait for."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Sequence[Sequence[int]]) -> None:
@@ -258,8 +294,22 @@ def _adjust(scores: torch.Tensor, states: Sequence[SamplerState], histories: Seq
             scores[i].index_add_(0, tokens, added)
 
 
-def _invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row where the cumulative probability passes the row's uniform number."""
+def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """`invert`, on a GPU without writing the distribution down."""
+    if scores.device.type != "cuda" or not DRAW_KERNEL:
+        return invert(scores, uniforms)
+    from qcompiler.kernels.triton.token_draw import draw_tokens
+
+    return draw_tokens(scores, uniforms)
+
+
+def invert(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token of each row where the cumulative probability passes the row's uniform number.
+
+    Args:
+        scores: Logits fp32 [rows, vocabulary]; −inf is never drawn.
+        uniforms: fp64 [rows], in [0, 1).
+    """
     cumulative = scores.double().softmax(-1).cumsum(-1)
     target = (uniforms.unsqueeze(1) * cumulative[:, -1:]).contiguous()
     index = torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -5,7 +5,8 @@ token budget with prompts in pieces (chunked prefill; Agrawal et al. 2024).
 Pages are taken as they are needed. When none is left, the youngest sequence
 gives its pages up and is computed again later (pre-emption by recompute;
 Kwon et al. 2023). Prompts begin with the pages of earlier ones where the
-tokens are the same. One thread calls it.
+tokens are the same. One thread calls it. On a GPU the next step is launched before
+the tokens of the last one are read; see `pipeline`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Protocol
 import torch
 
 from qcompiler.kernels.errors import QCompilerError
-from qcompiler.runtime.batch import Span
 from qcompiler.runtime.engine import Engine, FinishReason, NonFiniteLogitsError
+from qcompiler.runtime.logprobs import TokenLogprob
 from qcompiler.runtime.page_pool import PagePool, page_key
-from qcompiler.runtime.sampling import Constraint, SamplerState, SamplingParams, sample
+from qcompiler.runtime.pipeline import Flight, launch
+from qcompiler.runtime.sampling import Constraint, SamplerState, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +34,6 @@ PREFILL_CHUNK = 256
 
 class DeviceLostError(QCompilerError):
     """The device no longer answers; nothing runs on it until the process is started again."""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Log probability of a chosen token, by the model's own logits, and those of the likeliest tokens."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class Sink(Protocol):
@@ -57,7 +51,7 @@ class Sink(Protocol):
 
 @dataclass(eq=False)
 class Task:
-    """One sequence: `tokens` is the prompt and what was generated, `computed` of them are in `pages`."""
+    """One sequence: `tokens` is the prompt and what was generated; see `pipeline.Work`."""
 
     id: int
     tokens: list[int]
@@ -69,6 +63,8 @@ class Task:
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     computed: int = 0
+    flight: Flight[Task] | None = None
+    row: int = 0
     published: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
@@ -118,6 +114,7 @@ class Scheduler:
         self._chunked = chunked_prefill
         self._prefill_chunk = prefill_chunk
         self._ids = itertools.count()
+        self._flight: Flight[Task] | None = None
 
     @property
     def busy(self) -> bool:
@@ -161,16 +158,32 @@ class Scheduler:
         self.pool.check([t.pages for t in [*self.running, *self.waiting]])
 
     def step(self) -> bool:
-        """Compute one step; False when there is nothing that can be computed now.
+        """Launch a step and take the tokens of the one before; False when there is nothing to do now.
 
         Raises:
             DeviceLostError: the device is gone; every task has ended with this error.
         """
         work = self._schedule()
-        if not work:
+        before, self._flight = self._flight, None
+        if not work and before is None:
             return False
-        self.counters.steps += 1
-        self._compute(work)
+        failure = None
+        if work:
+            self.counters.steps += 1
+            try:
+                self._flight = self._launch(work, ahead=self.engine.ahead)
+            except (QCompilerError, RuntimeError) as e:
+                failure = e
+        if before is not None:
+            self._land(before)
+        if failure is not None:
+            self._failed(work, failure)
+        flight = self._flight
+        if flight is not None and flight.blocking:
+            self._flight = None
+            self._land(flight)
+        elif flight is not None and all(t.finish_reason is not None for t in flight.work):
+            self._flight = None  # nobody wants what comes of it
         return True
 
     # What to compute
@@ -182,14 +195,17 @@ class Scheduler:
         # Asked once: a reader may catch up at any moment, in another thread.
         ready = sorted((t for t in self.running if not t.sink.full()), key=lambda t: t.id)
         for task in ready:
-            generating = task.computed == len(task.tokens) - 1
+            if task.flight is not None:
+                generating = len(task.tokens) + 1 < task.limit  # else the token on its way is the last
+            else:
+                generating = task.computed == len(task.tokens) - 1
             if generating and task in self.running and self._grow(task, work):
                 work[task] = 1
         budget -= len(work)
         if work and self._chunked:
             budget = min(budget, self._prefill_chunk)
         for task in ready:
-            if task not in work and budget > 0 and task in self.running:
+            if task.flight is None and task not in work and budget > 0 and task in self.running:
                 work[task] = self._piece(task, budget)
                 budget -= work[task]
         for task in list(self.waiting):
@@ -197,7 +213,7 @@ class Scheduler:
                 break
             if task.sink.full():
                 continue
-            if not self._admit(task):
+            if task.flight is not None or not self._admit(task):  # it has given way with a token on its way
                 break
             work[task] = self._piece(task, budget)
             budget -= work[task]
@@ -268,53 +284,52 @@ class Scheduler:
 
     # Computing it
 
-    def _compute(self, work: dict[Task, int]) -> None:
-        try:
-            with self.engine.lock:
-                due, tokens, logprobs = self._run(work)
-        except (QCompilerError, RuntimeError) as e:
-            self._failed(work, e)
-            return
-        for task, count in work.items():
-            task.computed += count
-            self._publish(task)
-        for task, token, logprob in zip(due, tokens, logprobs, strict=True):
-            self._accept(task, token, logprob)
+    def _launch(self, work: dict[Task, int], *, ahead: bool) -> Flight[Task]:
+        with self.engine.lock:
+            return launch(self.engine.executor, list(work.items()), ahead=ahead)
 
-    def _run(self, work: dict[Task, int]) -> tuple[list[Task], list[int], list[TokenLogprob | None]]:
-        spans, due = [], []
-        for task, count in work.items():
-            stop = task.computed + count
-            last = stop == len(task.tokens)
-            rows = [count - 1] if last else []
-            spans.append(Span(task.tokens[task.computed : stop], task.computed, task.pages, rows))
-            if last:
-                due.append(task)
-        if not due:
-            # A graph gathers at least one row: an unfinished prompt's, which nobody looks at.
-            end = spans[-1]
-            spans[-1] = Span(end.tokens, end.start, end.pages, [len(end.tokens) - 1])
-            self.engine.executor.run(spans)
-            return [], [], []
-        logits = self.engine.executor.run(spans)
-        tokens = sample(logits, [t.sampler for t in due], [t.tokens for t in due])
-        return due, tokens, _logprobs(logits, due, tokens)
+    def _land(self, flight: Flight[Task]) -> None:
+        """Give out the tokens of a step."""
+        try:
+            found = flight.land()
+        except RuntimeError as e:
+            self._check_device(e)
+            self.counters.failures += 1
+            error = QCompilerError(f"the step failed: {e}")
+            for task in flight.work:
+                self.cancel(task, error)
+            return
+        for task in flight.work:
+            self._publish(task)
+        for task, token, logprob in found:
+            if task.finish_reason is None:  # else the step was launched before the end was known
+                self._accept(task, token, logprob)
 
     def _failed(self, work: dict[Task, int], error: Exception) -> None:
         """Find whose fault it was: each alone, because a step may be repeated, as it writes the same."""
+        self._check_device(error)
+        tasks = [task for task in work if task.finish_reason is None]
+        if len(work) > 1:
+            for task in tasks:
+                alone = {task: work[task]}
+                try:
+                    flight = self._launch(alone, ahead=False)
+                except (QCompilerError, RuntimeError) as e:
+                    self._failed(alone, e)
+                else:
+                    self._land(flight)
+            return
+        for task in tasks:
+            self.counters.failures += 1
+            log.error("a sequence of %d tokens failed: %s", len(task.tokens), error)
+            known = isinstance(error, QCompilerError)
+            self._finish(task, "aborted", error if known else QCompilerError(f"the step failed: {error}"))  # type: ignore[arg-type]
+
+    def _check_device(self, error: Exception) -> None:
         if self._device_is_lost():
             lost = DeviceLostError(f"the device failed: {error}", hint="Restart the process.")
             self.cancel_all(lost)
             raise lost from error
-        if len(work) > 1:
-            for task, count in work.items():
-                self._compute({task: count})
-            return
-        (task,) = work
-        self.counters.failures += 1
-        log.error("a sequence of %d tokens failed: %s", len(task.tokens), error)
-        known = isinstance(error, QCompilerError)
-        self._finish(task, "aborted", error if known else QCompilerError(f"the step failed: {error}"))  # type: ignore[arg-type]
 
     def _device_is_lost(self) -> bool:
         device = self.engine.executor.device
@@ -330,9 +345,9 @@ class Scheduler:
         return False
 
     def _publish(self, task: Task) -> None:
-        if not self._prefix_cache:
+        if not self._prefix_cache or task.finish_reason is not None:
             return
-        keys = self._prefix_keys(task, task.computed)
+        keys = self._prefix_keys(task, min(task.computed, len(task.tokens)))
         for i in range(task.published, len(keys)):
             self.pool.publish(task.pages[i], keys[i])
         task.published = len(keys)
@@ -368,21 +383,3 @@ class Scheduler:
         self.pool.release(task.pages)
         task.pages = []
         task.sink.end(reason, error)
-
-
-def _logprobs(logits: torch.Tensor, due: Seq[Task], tokens: Seq[int]) -> list[TokenLogprob | None]:
-    """Log probabilities for the tasks that want them, by the logits before any penalty or temperature."""
-    wanted = [i for i, t in enumerate(due) if t.logprobs is not None and tokens[i] >= 0]
-    result: list[TokenLogprob | None] = [None] * len(due)
-    if not wanted:
-        return result
-    scores = logits[torch.tensor(wanted, device=logits.device)].float().log_softmax(-1)
-    most = max(due[i].logprobs or 0 for i in wanted)
-    chosen = scores.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=logits.device)).tolist()
-    best = scores.topk(most, dim=-1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    for row, i in enumerate(wanted):
-        count = due[i].logprobs or 0
-        top = tuple(zip(ids[row][:count], values[row][:count], strict=True))
-        result[i] = TokenLogprob(chosen[row][0], top)
-    return result

@@ -95,7 +95,8 @@ class Service:
     Args:
         model: A decoder. While the service lives its pages belong to it: the model's own generate() has none.
         max_waiting: Most requests that wait for a place; more are refused.
-        max_buffered: Events that a stream holds before its sequence waits for the reader.
+        max_buffered: Events that a stream holds before its sequence waits for the reader; on a GPU one more
+            may be on its way by then.
         stall_seconds: How long a sequence waits for its reader before it is given up.
         request_seconds: How long a request may take in all; None sets no bound.
         prefix_cache: Share pages between prompts that begin alike.

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from qcompiler.kernels.errors import QCompilerError
 from qcompiler.runtime.engine import FinishReason
+from qcompiler.runtime.logprobs import TokenLogprob
 from qcompiler.runtime.model import Generation
-from qcompiler.runtime.scheduler import Task, TokenLogprob
+from qcompiler.runtime.scheduler import Task
 from qcompiler.runtime.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:

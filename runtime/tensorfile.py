@@ -17,6 +17,7 @@ import torch
 
 from qcompiler.kernels.errors import ArtifactError
 from qcompiler.runtime.files import parse_json
+from qcompiler.runtime.staging import Staging
 
 MAX_HEADER_BYTES = 64 << 20
 MAX_RANK = 8
@@ -36,6 +37,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# To a GPU through pinned memory, several threads reading; otherwise straight from the memory map.
+STAGED = True
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -95,17 +98,28 @@ class TensorReader:
         self.entries: dict[str, TensorEntry] = {}
         self.file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._begin: dict[str, int] = {}  # of each file's data
+        self._staging: Staging | None = None
         for name in files:
             for tensor, entry in read_header(root / name).items():
                 if tensor in self.entries:
                     raise ArtifactError(f"{name}: tensor {tensor!r} is also in {self.file_of[tensor]}")
                 self.entries[tensor] = entry
                 self.file_of[tensor] = name
+                self._begin[name] = max(self._begin.get(name, 0), entry.end)
+            if name in self._begin:
+                self._begin[name] = (root / name).stat().st_size - self._begin[name]
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The tensor on `device`; on the CPU it shares the memory map until it is changed or copied."""
+        """The tensor on `device`; on the CPU it shares the memory map until it is changed or copied.
+
+        On a GPU it is there for the work that is given to the current stream from now on.
+        """
         from safetensors import SafetensorError, safe_open
 
+        device = torch.device(device)
+        if device.type == "cuda" and STAGED:
+            return self._staged(name, device)
         file = self.file_of[name]
         try:
             if file not in self._open:
@@ -113,11 +127,24 @@ class TensorReader:
             tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as e:
             raise ArtifactError(f"{file}: tensor {name!r} cannot be read: {e}") from e
-        return tensor.to(device) if torch.device(device).type != "cpu" else tensor
+        return tensor.to(device) if device.type != "cpu" else tensor
+
+    def _staged(self, name: str, device: torch.device) -> torch.Tensor:
+        if self._staging is None:
+            self._staging = Staging(device)
+        entry, file = self.entries[name], self.file_of[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+        if tensor.numel():
+            out = tensor.view(-1).view(torch.uint8)
+            self._staging.read(self.root / file, self._begin[file] + entry.begin, out)
+        return tensor
 
     def close(self) -> None:
         """Drop the memory maps; tensors already read stay valid."""
         self._open.clear()
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
 
 def _entry(where: str, name: str, raw: Any) -> TensorEntry:

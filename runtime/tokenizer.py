@@ -84,8 +84,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
-        with _library_errors("the tokenizer failed on these tokens"):
+        try:  # no context manager: this is done for every token that is served
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as e:
+            raise _library_error(e, "the tokenizer failed on these tokens") from e
 
 
 class Detokenizer:
@@ -177,13 +179,17 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 @contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """The library raises plain `Exception`, and on a file that contradicts itself a panic beyond that."""
     try:
         yield
     except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise ArtifactError(f"{what}: {str(e)[:200]}") from e
+        raise _library_error(e, what) from e
+
+
+def _library_error(error: BaseException, what: str) -> ArtifactError:
+    """The library raises plain `Exception`, and on a file that contradicts itself a panic beyond that."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return ArtifactError(f"{what}: {str(error)[:200]}")
 
 
 def _content(token: Any) -> str | None:

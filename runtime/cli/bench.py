@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Prefill and decode speed by batch size.
 
-    With --json: device, dtype and results, a list of batch, prompt_tokens, decode_tokens,
+    With --json: device, dtype, cold_start (seconds from the start of the process until the model could
+    answer, and those of each phase) and results, a list of batch, prompt_tokens, decode_tokens,
     prefill_tokens_per_second and decode_tokens_per_second.
     """
     from qcompiler.runtime.bench import bench
@@ -48,7 +49,7 @@ def command(
     if not all(1 <= b <= 1024 for b in sizes):
         raise InvalidInputError("--batch: sizes must be in [1, 1024]")
     model = load_model(
-        artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits, max_sequences=max(sizes)
+        artifact, device, verbose=verbose, lean=lean, kv_bits=kv_bits, max_sequences=max(sizes), warm_up=sizes
     )
     with console().status("warming up") as status:
         rows = bench(
@@ -64,6 +65,7 @@ def command(
             {
                 "device": _device_name(model.device),
                 "dtype": model.artifact.manifest.dtype,
+                "cold_start": model.cold_start.to_json(),
                 "results": [row.to_json() for row in rows],
             }
         )

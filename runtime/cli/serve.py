@@ -79,6 +79,7 @@ def command(
             max_sequences=max_sequences,
             max_step_tokens=max_step_tokens,
             max_cache_tokens=max_cache_tokens,
+            warm_up=True,
         )
         app = create_app(
             model,
@@ -93,6 +94,7 @@ def command(
         shown = f"[{host}]" if ":" in host else host
         err = console()
         err.print(f"serving on http://{shown}:{listener.getsockname()[1]}", markup=False, highlight=False)
+        err.print(f"ready after {model.cold_start}", markup=False, highlight=False)
         if not keys and allowed_hosts(host) is None:
             err.print("anybody who reaches this address may ask (--api-key-file)", style="yellow")
         make_server(app, bounds, access_log=verbose).run(sockets=[listener])

@@ -35,6 +35,9 @@ class Reply:
         }
         self._head["model"] = model
         self._offsets: dict[int, int] = {}
+        # What every event of the answer begins with, written once.
+        head = _json({**self._head, "object": f"{kind}.chunk" if chat else kind, "choices": []})
+        self._before = f"data: {head[:-2]}".encode()
 
     # Whole
 
@@ -88,7 +91,7 @@ class Reply:
         return data + b"data: [DONE]\n\n"
 
     def _chunk(self, index: int, body: dict[str, Any]) -> bytes:
-        return sse({**self._head, "object": self._object(), "choices": [{"index": index, **body}]})
+        return b"%b%b]}\n\n" % (self._before, _json({"index": index, **body}).encode())
 
     def _object(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
@@ -144,4 +147,7 @@ def usage(streams: Iterable[Stream], choices_per_prompt: int = 1) -> dict[str, A
 
 def sse(value: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n\n"
+    return b"data: " + _json(value).encode() + b"\n\n"
+
+
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode

@@ -96,6 +96,10 @@ def test_eval(capsys, tiny_float, tmp_path):
 def test_bench(capsys, tiny_q4):
     sizes = ("--batch", "1,2", "--prompt-tokens", 8, "--decode-tokens", 4, "--repeats", 1)
     result = qrun_json(capsys, "bench", tiny_q4, *sizes)
+    cold = result["cold_start"]
+    phases = [cold[f"{name}_seconds"] for name in ("start", "verify", "weights", "cache")]
+    assert min(phases) > 0
+    assert sum(phases) == pytest.approx(cold["seconds"], abs=0.2)
     assert [r["batch"] for r in result["results"]] == [1, 2]
     assert all(
         r["prefill_tokens_per_second"] > 0 and r["decode_tokens_per_second"] > 0 for r in result["results"]

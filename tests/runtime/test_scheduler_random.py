@@ -45,6 +45,7 @@ class Memory:
         self.slots = {}
         self.fails = False
         self.steps = []
+        self.kept = []
 
     def run(self, spans):
         if self.fails and len(spans) > 0:
@@ -54,7 +55,8 @@ class Memory:
         written = set()
         for span in spans:
             before = self.slots[slot_of(span, span.start - 1)] if span.start else 0
-            for i, token in enumerate(span.tokens, span.start):
+            tokens = span.tokens if span.feed is None else [self.kept[span.feed]]
+            for i, token in enumerate(tokens, span.start):
                 slot = slot_of(span, i)
                 assert slot not in written, "two sequences write to one slot"
                 written.add(slot)
@@ -66,6 +68,12 @@ class Memory:
                 states = [self.slots[slot_of(span, i)] for i in range(length)]
                 rows.append(torch.nn.functional.one_hot(torch.tensor(next_token(states)), VOCABULARY))
         return torch.stack(rows).float()
+
+    def likeliest(self, logits):
+        return logits.argmax(-1)
+
+    def keep(self, tokens):
+        self.kept = tokens.tolist()
 
 
 def slot_of(span, position):
@@ -94,7 +102,7 @@ class Reader:
         self.reason, self.error = reason, error
 
 
-def scheduler_with(num_pages, *, max_sequences=4, max_step_tokens=8, **options):
+def scheduler_with(num_pages, *, max_sequences=4, max_step_tokens=8, ahead=False, **options):
     memory = Memory(num_pages)
     engine = Engine(
         memory,
@@ -102,17 +110,20 @@ def scheduler_with(num_pages, *, max_sequences=4, max_step_tokens=8, **options):
         max_context=CONTEXT,
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
+        ahead=ahead,
     )
     return Scheduler(engine, range(num_pages), **options), memory
 
 
-def expected(prompt, count):
+def expected(prompt, count, stops=()):
     states: list[int] = []
     for token in prompt:
         states.append(state(states[-1] if states else 0, token))
     said = []
     for _ in range(min(count, CONTEXT - len(prompt))):
         said.append(next_token(states))
+        if said[-1] in stops:
+            break
         states.append(state(states[-1], said[-1]))
     return said
 
@@ -123,11 +134,14 @@ def expected(prompt, count):
     prefix_cache=st.booleans(),
     chunked=st.booleans(),
     budget=st.integers(4, 16),
+    ahead=st.booleans(),
 )
-@settings(max_examples=400, deadline=None)
-def test_any_mix_leaves_every_token_right_and_every_page_free(data, num_pages, prefix_cache, chunked, budget):
+@settings(max_examples=500, deadline=None)
+def test_any_mix_leaves_every_token_right_and_every_page_free(
+    data, num_pages, prefix_cache, chunked, budget, ahead
+):
     scheduler, memory = scheduler_with(
-        num_pages, max_step_tokens=budget, prefix_cache=prefix_cache, chunked_prefill=chunked
+        num_pages, max_step_tokens=budget, prefix_cache=prefix_cache, chunked_prefill=chunked, ahead=ahead
     )
     jobs = []
     actions = ["add", "add", "step", "step", "step", "cancel", "busy", "fail"]
@@ -136,10 +150,14 @@ def test_any_mix_leaves_every_token_right_and_every_page_free(data, num_pages, p
             # Few tokens, so that many prompts begin alike.
             prompt = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=14))
             count = data.draw(st.integers(1, 10))
+            stops = data.draw(st.sampled_from([(), (1,), (2, 3)]))
+            # A penalty of nothing: the next token waits for those before it to be read.
+            reads = data.draw(st.sampled_from([0.0, 0.0, 1e-9]))
             reader = Reader()
-            task = scheduler.task(prompt, SamplingParams(max_tokens=count), reader)
+            params = SamplingParams(max_tokens=count, stop_token_ids=stops, presence_penalty=reads)
+            task = scheduler.task(prompt, params, reader)
             scheduler.add(task)
-            jobs.append((prompt, count, reader, task))
+            jobs.append((expected(prompt, count, stops), reader, task))
         elif action == "step":
             scheduler.step()
         elif action == "fail":
@@ -147,13 +165,13 @@ def test_any_mix_leaves_every_token_right_and_every_page_free(data, num_pages, p
             scheduler.step()
             memory.fails = False
         elif jobs:
-            _, _, reader, task = data.draw(st.sampled_from(jobs))
+            _, reader, task = data.draw(st.sampled_from(jobs))
             if action == "cancel":
                 scheduler.cancel(task)
             else:
                 reader.busy = not reader.busy
         scheduler.check()
-    for _, _, reader, _ in jobs:
+    for _, reader, _ in jobs:
         reader.busy = False
     for _ in range(2000):
         if not scheduler.busy:
@@ -165,17 +183,18 @@ def test_any_mix_leaves_every_token_right_and_every_page_free(data, num_pages, p
     assert scheduler.pool.available == num_pages
     if chunked:
         assert max(memory.steps, default=0) <= budget
-    for prompt, count, reader, _ in jobs:
-        whole = expected(prompt, count)
-        if reader.reason == "length":
+    for whole, reader, task in jobs:
+        if reader.reason in ("length", "stop"):
             assert reader.tokens == whole
+            assert (reader.reason == "stop") == (whole[-1] in task.stop_ids)
         else:
             assert reader.reason == "aborted"
             assert reader.tokens == whole[: len(reader.tokens)]
 
 
-def test_the_oldest_is_never_stopped_for_others():
-    scheduler, _ = scheduler_with(8, max_sequences=4, prefix_cache=False)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_oldest_is_never_stopped_for_others(ahead):
+    scheduler, _ = scheduler_with(8, max_sequences=4, prefix_cache=False, ahead=ahead)
     readers = [Reader() for _ in range(4)]
     tasks = [scheduler.task([i, 1, 1], SamplingParams(max_tokens=20), r) for i, r in enumerate(readers)]
     for task in tasks:
@@ -187,8 +206,9 @@ def test_the_oldest_is_never_stopped_for_others():
     assert [len(r.tokens) for r in readers] == [20] * 4
 
 
-def test_a_failure_ends_one_sequence_and_not_its_neighbours():
-    scheduler, memory = scheduler_with(12)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_failure_ends_one_sequence_and_not_its_neighbours(ahead):
+    scheduler, memory = scheduler_with(12, ahead=ahead)
     readers = [Reader(), Reader()]
     for i, reader in enumerate(readers):
         scheduler.add(scheduler.task([i, 1], SamplingParams(max_tokens=4), reader))
@@ -211,3 +231,23 @@ def test_a_cancelled_task_may_be_cancelled_again():
     assert not scheduler.step()
     with pytest.raises(QCompilerError):
         scheduler.task([], SamplingParams(), reader)
+
+
+def test_steps_launched_ahead_compute_and_cache_no_less_and_no_more():
+    """An answer is a prompt's beginning later on; its pages are found, and no step is launched in vain."""
+    found = []
+    for ahead in (False, True):
+        scheduler, memory = scheduler_with(12, ahead=ahead)
+        reader = Reader()
+        scheduler.add(scheduler.task([1, 0], SamplingParams(max_tokens=12), reader))
+        while scheduler.step():
+            pass
+        steps = len(memory.steps)
+        again = scheduler.task([1, 0, *reader.tokens, 1], SamplingParams(max_tokens=2), Reader())
+        scheduler.add(again)
+        while scheduler.step():
+            pass
+        found.append((reader.tokens, steps, len(memory.steps), again.cached_tokens, again.sink.tokens))
+    assert found[0] == found[1]
+    assert found[0][1] == 12
+    assert found[0][3] == 12
