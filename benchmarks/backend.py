@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.model import SHAPES
+from benchmarks.checkpoint import SHAPES
 from qcompiler.backend import Backend
 from qcompiler.backend.weights import WEIGHTS
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.model import make_checkpoint, qcompile
+from benchmarks.checkpoint import make_checkpoint, qcompile
 from benchmarks.timing import copy_bandwidth
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
 from qcompiler.methods.affine import check_weight

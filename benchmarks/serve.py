@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.model import SHAPES, device_name, make_checkpoint, qcompile
+from benchmarks.checkpoint import SHAPES, device_name, make_checkpoint, qcompile
 from qcompiler.runtime.bench import bench
 from qcompiler.runtime.model import Model, load
 from qcompiler.runtime.server.app import create_app

@@ -8,9 +8,11 @@ plain streaming reads of as many bytes, one launch each.
 from __future__ import annotations
 
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,19 +75,40 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / graph_microseconds([lambda: target.copy_(source)]) * 1e6
 
 
+def driver_version() -> str:
+    """Of the kernel module, or "unknown"."""
+    path = Path("/proc/driver/nvidia/version")
+    found = (
+        re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", path.read_text()) if path.is_file() else None
+    )
+    return found.group(1) if found else "unknown"
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were taken on, its copy bandwidth and its matrix rate, measured now."""
+    """What the figures were taken on, and its ceilings, measured now.
+
+    Copy bandwidth counts bytes read and written; `read_tb_per_second` is by megabytes read.
+    """
     import triton
 
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product = graph_microseconds([lambda: left @ right])
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "copy_tb_per_second": copy_bandwidth() / 1e12,
+        "read_tb_per_second": {str(mb): mb / read_ceiling(mb * 10**6) for mb in (10, 30, 100, 300)},
         "bf16_tflop_per_second": 2 * 8192**3 / product / 1e6,
     }
+
+
+def command() -> str:
+    """What was typed, with folders of this machine left out."""
+    name = Path(sys.argv[0]).stem
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python -m", "benchmarks" if name == "__main__" else f"benchmarks.{name}", *words])
