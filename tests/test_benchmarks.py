@@ -21,7 +21,7 @@ def test_every_benchmark_can_be_imported(module):
 
 @pytest.mark.parametrize("name", ["b4-g64", "nf4", "eetq", "llm-int8", "aqlm-2x8", "tail-b3-f0.005"])
 def test_every_case_of_the_linears_has_a_key_and_configurations(name):
-    cases = importlib.import_module("benchmarks.linear_cases")
+    cases = importlib.import_module("qcompiler.kernels.tuning.linear_cases")
     case = cases.parse_case(name)
     for tokens in (1, 16, 2048):
         tried = cases.candidates(case, tokens, 4096, 14336, thorough=False)
