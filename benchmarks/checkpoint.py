@@ -1,17 +1,21 @@
-"""Checkpoints of real shapes with synthetic weights, and `qcompile` over them in a process of its own."""
+"""Checkpoints of real shapes with synthetic weights, and `qcompile` over them in a process of its own.
+
+python -m benchmarks.checkpoint llama3-8b DIR [--layers 8]
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama3-8b": {
@@ -53,29 +57,36 @@ def make_checkpoint(shape: str, folder: Path, layers: int | None = None) -> int:
     write_tokenizer(folder, config.vocab_size)
     with torch.device("meta"):
         wanted = LlamaForCausalLM(config).state_dict()
-    source = torch.randn(_RANDOM, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    block = torch.randn(_RANDOM, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    random, ones = (bytes(t.view(torch.uint8).numpy()) for t in (block, torch.ones_like(block)))
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in wanted.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else name
         shards.setdefault(layer, {})[name] = tensor
-    index, largest = {}, 0
-    for number, tensors in enumerate(shards.values()):
-        file = f"model-{number:05d}.safetensors"
-        filled = {}
-        for name, tensor in tensors.items():
-            repeats = -(-tensor.numel() // _RANDOM)
-            flat = (
-                source.repeat(repeats)[: tensor.numel()]
-                if tensor.dim() > 1
-                else torch.ones_like(tensor, device="cpu")
-            )
-            filled[name] = flat.reshape(tensor.shape).to(torch.bfloat16).contiguous()
-            largest = max(largest, filled[name].nbytes)
-            index[name] = file
-        save_file(filled, folder / file, metadata={"format": "pt"})
+    files = {f"model-{number:05d}.safetensors": held for number, held in enumerate(shards.values())}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda item: write_shard(folder / item[0], item[1], random, ones), files.items()))
+    index = {name: file for file, held in files.items() for name in held}
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return largest
+    return max(2 * tensor.numel() for tensor in wanted.values())
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], random: bytes, ones: bytes) -> None:
+    """A safetensors file of bfloat16 tensors: matrices repeat `random`, vectors repeat `ones`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            source, left = memoryview(random if tensor.dim() > 1 else ones), 2 * tensor.numel()
+            while left:
+                left -= file.write(source[:left])
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -106,3 +117,20 @@ def qcompile(checkpoint: Path, artifact: Path, arguments: list[str]) -> dict[str
 def device_name(device: str) -> str:
     """What the figures were taken on."""
     return torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu"
+
+
+def main() -> None:
+    """Write a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    make_checkpoint(options.shape, options.folder, options.layers)
+    size = sum(path.stat().st_size for path in options.folder.iterdir())
+    print(f"{size / 1e9:.1f} GB in {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from benchmarks.checkpoint import SHAPES
+from benchmarks.checkpoint import SHAPES, write_tokenizer
 from qcompiler.calibration.runner import MemoryStore
 from qcompiler.capture import CapturedModel, ModelSource, capture
 from qcompiler.emit.graph_json import graph_to_json
@@ -28,7 +28,7 @@ from qcompiler.plan import CompilePlan, plan_layers
 from qcompiler.quantize_weights import WeightStream, captured_constant
 from qcompiler.runtime.artifact import Artifact
 from qcompiler.runtime.graph import decode
-from qcompiler.runtime.manifest import GpuRequirement, Manifest, ModelInfo
+from qcompiler.runtime.manifest import FileEntry, GpuRequirement, Manifest, ModelInfo
 
 _SPREAD = 0.02  # standard deviation of weights, as models are initialised
 
@@ -144,11 +144,12 @@ class SyntheticArtifact(Artifact):
         device: Where weights are made.
         lm_head_bits: Of the output head; None leaves it in bfloat16.
         kv_bits: Of the KV cache.
+        folder: Where a tokenizer of as many words is written, for what speaks text; None: it has none.
     """
 
     def __init__(
         self, source: ModelSource, captured: CapturedModel, variant: Variant, device: torch.device,
-        *, lm_head_bits: int | None = None, kv_bits: str = "16",
+        *, lm_head_bits: int | None = None, kv_bits: str = "16", folder: Path | None = None,
     ):  # fmt: skip
         method = get_method(variant.method)
         options = CompileOptions(
@@ -162,10 +163,14 @@ class SyntheticArtifact(Artifact):
         PassManager(lowering_passes(captured.kind, kv_format=options.kv_format)).run(self._lowered)
         self._weights = _Weights(plan)
         self.bits_per_weight = {layer.name: layer.bits_per_weight for layer in plan.layers}
-        self.root = Path(source.name)
+        self.root = Path(source.name) if folder is None else folder
+        files = {}
+        if folder is not None:
+            write_tokenizer(folder, captured.vocab_size)
+            files = {path.name: FileEntry(path.stat().st_size, "") for path in folder.iterdir()}
         self.graph = decode(graph_to_json(self._lowered, kind=captured.kind))
         info = ModelInfo("llama", captured.vocab_size, captured.max_positions or 1 << 20)
-        self.manifest = Manifest(captured.kind, "bfloat16", info, {}, [], {}, GpuRequirement(), {})
+        self.manifest = Manifest(captured.kind, "bfloat16", info, files, [], {}, GpuRequirement(), {})
         self.tensors = _Closing(self._weights)  # type: ignore[assignment]
 
     def read(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:

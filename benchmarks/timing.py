@@ -54,11 +54,14 @@ def driver_version() -> str:
     return found.group(1) if found else "unknown"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, and its ceilings, measured now.
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """What the figures were taken on, and of a GPU its ceilings, measured now.
 
     Copy bandwidth counts bytes read and written; `read_tb_per_second` is by megabytes read.
     """
+    if not device.startswith("cuda"):
+        facts = {"torch": torch.__version__, "python": platform.python_version()}
+        return {"command": command(), "gpu": platform.processor() or "CPU", **facts}
     import triton
 
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
