@@ -63,8 +63,7 @@ def random_tensor(name: str, shape: torch.Size, device: torch.device) -> Tensor:
     return randn(rows, columns) * spread * columns**-0.5
 
 
-def main() -> None:
-    """Fit the block and print."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scheme", default="2x8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +78,12 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=32, help="of the whole model")
     parser.add_argument("--output", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Fit the block and print."""
+    args = parse_arguments()
 
     from transformers import LlamaConfig
 

@@ -219,7 +219,7 @@ def over_plain(rows: list[dict[str, object]], figure: str, *, higher_is_faster: 
             row["over_plain"] = ratio if higher_is_faster else 1 / ratio
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -230,9 +230,13 @@ def main() -> None:
     )
     parser.add_argument("--kv-bits", nargs="+", choices=list(KV_BITS), default=["16", "8", "4"])
     parser.add_argument("--replays", type=int, default=20)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here.")
     dtype = getattr(torch, options.dtype)
     facts = machine()
     prefilled: list[dict[str, object]] = []

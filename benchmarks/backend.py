@@ -91,8 +91,7 @@ def measure(
     return result
 
 
-def main() -> None:
-    """Measure every variant and print a table."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
@@ -104,7 +103,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="start no variant after this long")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, metavar="FILE")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure every variant and print a table."""
+    args = parse_arguments()
     begin = time.perf_counter()
     facts = machine(args.device)
     model = make_model(args.shape, args.layers, args.device)

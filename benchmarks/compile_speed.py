@@ -241,8 +241,7 @@ def compilation(model: str, checkpoint: Checkpoint, *, cached: bool, device: str
     return row
 
 
-def main() -> None:
-    """Run what was asked for and write one JSON file after each part."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -257,7 +256,12 @@ def main() -> None:
     parser.add_argument("--cached", action="store_true", help="leave the checkpoint in the page cache")
     parser.add_argument("--device", default="cuda", help="of the compilations")
     parser.add_argument("--stages", action="store_true", help="also time each step of one weight")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run what was asked for and write one JSON file after each part."""
+    options = parse_arguments()
     models = options.models if options.work else []
     if models:
         options.work.mkdir(parents=True, exist_ok=True)

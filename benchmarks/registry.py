@@ -30,6 +30,7 @@ class Benchmark:
 
 
 _70B = "10240x8192 8192x8192 57344x8192 8192x28672"
+_FORMATS = "b2-g64 b3-g64 b8-g64 nf4 eetq llm-int8 tail-b3-f0.005 aqlm-2x8 aqlm-1x16"
 _EVERY_M = "1 2 4 8 16 32 64 128 256 1024 4096"
 BENCHMARKS = (
     Benchmark(
@@ -38,8 +39,8 @@ BENCHMARKS = (
         (
             f"--cases b4-g64 --tokens {_EVERY_M} --output {{results}}/linear.json",
             f"--cases b4-g64 --shapes {_70B} --tokens 1 16 64 --output {{results}}/linear-70b.json",
-            "--cases b2-g64 b3-g64 b8-g64 nf4 eetq llm-int8 tail-b3-f0.005 aqlm-2x8 aqlm-1x16 "
-            "--shapes 28672x4096 4096x14336 8192x28672 --tokens 1 16 64 --output {results}/linear-formats.json",
+            f"--cases {_FORMATS} --shapes 28672x4096 4096x14336 8192x28672 --tokens 1 16 64 "
+            "--output {results}/linear-formats.json",
         ),
     ),
     Benchmark(

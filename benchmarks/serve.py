@@ -247,8 +247,7 @@ def synthetic(options: argparse.Namespace, folder: Path) -> Artifact:
     return SyntheticArtifact(source, captured, VARIANTS[options.variant], device, folder=folder)
 
 
-def main() -> None:
-    """Measure and write one JSON file."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,9 +268,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds for which gaps count")
     parser.add_argument("--long-prompt", type=int, default=4096)
     parser.add_argument("--rate", type=float, default=2.0, help="long prompts per second")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if (options.artifact is None) == (options.shape is None):
         parser.error("give an ARTIFACT, or --shape")
+    return options
+
+
+def main() -> None:
+    """Measure and write one JSON file."""
+    options = parse_arguments()
     facts = machine(options.device)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
