@@ -81,10 +81,14 @@ def time_shape(
     weights = [
         torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies_past_l2(2 * n * k))
     ]
-    peers = {}
-    for name in options.peers if case.name == "b4-g64" else ():
-        count = copies_past_l2(n * k // 2)
-        peers[name] = [PEERS[name](n, k) for _ in range(count)]
+    peers: dict[str, list[Any]] = {}
+    refused: dict[str, str] = {}
+    for name in options.peers:
+        if case.name in PEERS[name].cases:
+            try:
+                peers[name] = [PEERS[name].make(n, k, case.name) for _ in range(copies_past_l2(size))]
+            except Exception as error:  # other people's code, which must not cost us our own figures
+                refused[name] = reason(error)
     ceiling = read_ceiling(size, options.repeats)
     rows = []
     for tokens in options.tokens:
@@ -110,11 +114,17 @@ def time_shape(
                 row[f"{name}_us"] = graph_microseconds(
                     [lambda c=c, x=x: c(x) for c in calls], options.repeats
                 )
-            except RuntimeError as error:  # a peer that cannot be captured or takes no such shape
-                row[f"{name}_refused"] = str(error).splitlines()[0][:200]
+            except Exception as error:  # it cannot be captured, or takes no such shape
+                refused[name] = reason(error)
+        row |= {f"{name}_refused": why for name, why in refused.items()}
         rows.append(row)
         print_row(row)
     return rows
+
+
+def reason(error: Exception) -> str:
+    """What a peer said when it could not be measured."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def print_row(row: dict[str, Any]) -> None:
