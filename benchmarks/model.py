@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.warm:
         warm(options)
     # Without a file to write, nothing is compared: the ceilings are not measured.
-    record = Record(options.output, machine() if gpu and options.output else {"gpu": options.device})
+    record = Record(options.output, machine(options.device) if options.output else {"gpu": options.device})
     source, captured = captured_llama(options.shape, options.layers) if options.variants else (None, None)
     print(f"# ready after {time.perf_counter() - begin:.0f} s", flush=True)
     failed = 0

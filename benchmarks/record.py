@@ -32,10 +32,11 @@ class Record:
         if path is not None and path.is_file():
             held = json.loads(path.read_text(encoding="utf-8"))
             self._runs, self._rows = held["runs"], {row["key"]: row for row in held["rows"]}
-            other = [f for f in _SAME if self._runs and self._runs[-1].get(f) != machine.get(f)]
+            known = self._runs[-1] if self._runs else {}
+            other = [f for f in _SAME if f in known and known[f] != machine.get(f)]
             if other:
                 raise SystemExit(
-                    f"{path} holds figures of {other[0]} {self._runs[-1].get(other[0])}, "
+                    f"{path} holds figures of {other[0]} {known[other[0]]}, "
                     f"this is {machine.get(other[0])}. Give another --output."
                 )
         self._runs.append(machine)
@@ -49,7 +50,10 @@ class Record:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"runs": self._runs, "rows": list(self._rows.values())}, indent=1)
+        # Of runs of which no row is left nothing needs to be said.
+        used = sorted({row["run"] for row in self._rows.values()})
+        rows = [{**row, "run": used.index(row["run"])} for row in self._rows.values()]
+        text = json.dumps({"runs": [self._runs[run] for run in used], "rows": rows}, indent=1)
         beside = self.path.with_suffix(".partial")
         beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(self.path)

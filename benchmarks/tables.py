@@ -206,13 +206,14 @@ def aqlm_block(result: dict[str, Any]) -> str:
 def serve(result: dict[str, Any]) -> str:
     """The server beside the bare engine, and the time between tokens."""
     throughput = markdown(
-        ["streams", "engine, tokens/s", "server, tokens/s", "ratio"],
+        ["streams", "engine, tokens/s", "server, tokens/s", "ratio", "busiest client"],
         [
             [
                 r["streams"],
                 number(r["engine_decode"], 0),
                 number(max(run["decode"] for run in r["server"]), 0),
                 number(r["decode_ratio"], 3),
+                number(max(run["client_busy"] for run in r["server"]), 2),
             ]
             for r in result["throughput"]
         ],

@@ -70,6 +70,10 @@ def test_rows_are_kept_by_key_and_other_machines_refused(tmp_path):
     second.add("x", {"us": 3})
     held = json.loads(path.read_text())
     assert {row["key"]: (row["us"], row["run"]) for row in held["rows"]} == {"x": (3, 1), "y": (2, 0)}
+    second.add("y", {"us": 4})  # of the first run nothing is left
+    held = json.loads(path.read_text())
+    assert [row["run"] for row in held["rows"]] == [0, 0]
+    assert len(held["runs"]) == 1
     with pytest.raises(SystemExit, match="gpu A, this is B"):
         Record(path, {"gpu": "B", "torch": "2", "triton": "3"})
 
