@@ -103,6 +103,29 @@ def toy():
     return captured_llama("toy")
 
 
+def test_whole_models_are_measured_row_by_row(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from benchmarks import model, tables
+
+    path = tmp_path / "model.json"
+    sizes = (
+        "--shape toy --device cpu --batches 1 2 --prompts 40 --decode-prompt 8 --decode-tokens 3 --repeats 1"
+    )
+    base = [*sizes.split(), "--peers", "--output", str(path)]
+    assert model.main([*base, "--variants", "bf16"]) == 0
+    before = path.read_text()
+    assert model.main([*base, "--variants", "bf16", "eetq", "--resume"]) == 0
+    held = json.loads(path.read_text())
+    first, second = held["rows"]
+    assert first == json.loads(before)["rows"][0]  # not measured again
+    assert second["label"] == "eetq: 8 bit"
+    for row in held["rows"]:
+        assert all(row["decode"][batch]["tokens_per_second"] > 0 for batch in ("1", "2"))
+        assert row["prefill"]["40"]["seconds"] > 0
+    table = tables.model(held)
+    assert table.count("\n| ") == 4  # head, rule and two rows
+
+
 def test_a_synthetic_checkpoint_is_what_others_read(tmp_path):
     pytest.importorskip("transformers")
     from safetensors import safe_open
