@@ -61,7 +61,7 @@ VARIANTS = {
     },
     "nf4": Variant("bnb: nf4", "bnb", 4),
     "fp4": Variant("bnb: fp4", "bnb", 4, (("quant_type", "fp4"),)),
-    "llm-int8": Variant("bnb: LLM.int8()", "bnb", 8),
+    "llm-int8": Variant("bnb: LLM.int8()", "bnb", 8, note="random weights make few outliers"),
     "eetq": Variant("eetq: 8 bit", "eetq", 8),
     "aqlm-2x8": Variant("aqlm: 2x8", "aqlm", 2, (("scheme", "2x8"),), "codes random"),
     "aqlm-1x16": Variant("aqlm: 1x16", "aqlm", 2, (("scheme", "1x16"),), "codes random"),
