@@ -211,7 +211,7 @@ def serve(result: dict[str, Any]) -> str:
             [
                 r["streams"],
                 number(r["engine_decode"], 0),
-                number(max(run["decode"] for run in r["server"]), 0),
+                number(r["server_decode"], 0),
                 number(r["decode_ratio"], 3),
                 number(max(run["client_busy"] for run in r["server"]), 2),
             ]
