@@ -22,7 +22,6 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-USER_FOLDER_VARIABLE = "QCOMPILER_TUNING"
 KINDS = ("gemv", "quads", "gemm", "wide", "dense")
 
 
@@ -74,7 +73,7 @@ def table_path(gpu: str, folder: Path = _FOLDER) -> Path:
 
 def user_folder() -> Path:
     """Where the user's own tables lie: $QCOMPILER_TUNING, else $XDG_DATA_HOME/qcompiler/tuning."""
-    named = os.environ.get(USER_FOLDER_VARIABLE)
+    named = os.environ.get("QCOMPILER_TUNING")
     if named:
         return Path(named)
     data = os.environ.get("XDG_DATA_HOME")
