@@ -188,14 +188,14 @@ def load_for(artifact: Artifact, options: argparse.Namespace) -> Model:
     return load_opened(artifact, options.device, max_sequences=sequences, max_cache_tokens=room)
 
 
-def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, on one loaded model."""
+def measure(model: Model, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Everything, on one loaded model; `result` holds what was measured, should a later part fail."""
     vocab = model.engine.vocab_size
     engine = bench(
         model, batches=tuple(options.streams), prompt_tokens=options.prompt_tokens,
         decode_tokens=options.decode_tokens, repeats=options.repeats,
     )  # fmt: skip
-    result: dict[str, Any] = {"throughput": [], "latency": {}}
+    result |= {"throughput": [], "latency": {}}
     with serving(model) as port:
         for streams, bare in zip(options.streams, engine, strict=True):
             # The first run captures graphs and is not counted.
@@ -236,7 +236,6 @@ def measure(model: Model, options: argparse.Namespace) -> dict[str, Any]:
             f"(ratio {rows['p99_ratio']:.2f})",
             flush=True,
         )
-    return result
 
 
 def synthetic(options: argparse.Namespace, folder: Path) -> Artifact:
@@ -280,20 +279,22 @@ def main() -> None:
     options = parse_arguments()
     facts = machine(options.device)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.artifact:
-            name, artifact = options.artifact.name, open_artifact(options.artifact, verify="sizes")
-        else:
-            name, artifact = f"{options.shape} {options.variant}", synthetic(options, Path(folder))
-        with cores_apart():
-            result = measure(load_for(artifact, options), options)
+    name = options.artifact.name if options.artifact else f"{options.shape} {options.variant}"
     settings = {k: v for k, v in vars(options).items() if k not in ("artifact", "output", "device")}
-    head = {
-        "machine": facts, "model": name, "settings": settings, "cores": len(os.sched_getaffinity(0)),
-        "seconds": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({**head, **result}, indent=1) + "\n", encoding="utf-8")
+    head = {"machine": facts, "model": name, "settings": settings, "cores": len(os.sched_getaffinity(0))}
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, cores_apart():
+        if options.artifact:
+            artifact = open_artifact(options.artifact, verify="sizes")
+        else:
+            artifact = synthetic(options, Path(folder))
+        try:
+            measure(load_for(artifact, options), options, result)
+        finally:
+            seconds = round(time.perf_counter() - started, 1)
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**head, "seconds": seconds, **result}, indent=1)
+            options.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
