@@ -74,7 +74,7 @@ def check_all(jobs: Sequence[Job], chunk: int = 3) -> Iterator[tuple[Job, float 
     largest = max(job.n * job.k for job in jobs)
     free, _ = torch.cuda.mem_get_info()
     room = int(free * 0.8) // (_WORKER_BYTES + _WEIGHT_BYTES * largest)
-    workers = max(1, min(_MOST_WORKERS, os.cpu_count() or 1, room))
+    workers = max(1, min(_MOST_WORKERS, os.cpu_count() or 1, room, -(-len(jobs) // chunk)))
     with multiprocessing.get_context("spawn").Pool(workers, _begin) as pool:
         yield from pool.imap_unordered(check, jobs, chunksize=chunk)
 
