@@ -57,11 +57,9 @@ docs: setup
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
+# Every benchmark of speed in order, on a machine with a GPU; `python -m benchmarks` lists them.
 bench:
-	$(PYTHON) -m benchmarks.linear --output benchmarks/results/linear.json
-	$(PYTHON) -m benchmarks.attention --output benchmarks/results/attention.json
-	mkdir -p build/bench
-	$(PYTHON) -m benchmarks.model --work build/bench --output benchmarks/results/model.json
+	$(PYTHON) -m benchmarks --all
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

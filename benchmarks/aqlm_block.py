@@ -1,6 +1,6 @@
 """AQLM on one decoder block of an 8B shape: seconds of each phase, and what a whole model would take.
 
-    python -m benchmarks.aqlm_block [--scheme 2x8] [--device cuda] [--tokens 32768] [--json FILE]
+    python -m benchmarks.aqlm_block [--scheme 2x8] [--device cuda] [--tokens 32768] [--output FILE]
 
 No checkpoint is needed: weights are random, with rows and columns spread as a trained model's are, and
 the text's embeddings lie mostly in a subspace, so that inputs are correlated and a few channels large.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import machine
 from qcompiler.calibration import CalibrationSettings, calibrate, cut_blocks
 from qcompiler.capture import ModelSource, capture
 from qcompiler.kernels.formats import AdditiveSpec
@@ -62,8 +63,7 @@ def random_tensor(name: str, shape: torch.Size, device: torch.device) -> Tensor:
     return randn(rows, columns) * spread * columns**-0.5
 
 
-def main() -> None:
-    """Fit the block and print."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scheme", default="2x8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -77,8 +77,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=32, help="of the whole model")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Fit the block and print."""
+    args = parse_arguments()
 
     from transformers import LlamaConfig
 
@@ -129,13 +134,15 @@ def main() -> None:
     )
     if device.type == "cuda":
         lines.note(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
-    if args.json:
-        settings: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if key != "json"}
+    if args.output:
+        settings: dict[str, Any] = {key: str(value) for key, value in vars(args).items() if key != "output"}
         result = {
-            **settings, "device_name": name_of(device), "torch": torch.__version__, "predicted": predicted,
-            "measured": figures, "seconds_with_streams": round(whole, 1),
+            "machine": machine(args.device), "settings": settings, "predicted": predicted,
+            "measured": figures,
+            "seconds_with_streams": round(whole, 1),
+            "peak_gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         }  # fmt: skip
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def name_of(device: torch.device) -> str:

@@ -5,7 +5,7 @@ that disagrees is reported as wrong and not timed. Times are medians of CUDA
 graph replays, each graph walking through enough copies of the cache that none
 of it is still in the L2.
 
-    python benchmarks/attention.py --output attention.json
+    python -m benchmarks.attention --output benchmarks/results/attention.json
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qcompiler.kernels.ops  # noqa: F401
-from benchmarks.timing import copies_past_l2, graph_microseconds, read_ceiling
+from benchmarks.timing import copies_past_l2, graph_microseconds, machine, read_ceiling
 from qcompiler.kernels.formats.kv_cache import kv_format
 from qcompiler.kernels.kv_bits import KV_BITS, kv_format_of_bits
 from qcompiler.runtime.pages import PageSpec, allocate_pages
@@ -220,7 +219,7 @@ def over_plain(rows: list[dict[str, object]], figure: str, *, higher_is_faster: 
             row["over_plain"] = ratio if higher_is_faster else 1 / ratio
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,10 +230,15 @@ def main() -> None:
     )
     parser.add_argument("--kv-bits", nargs="+", choices=list(KV_BITS), default=["16", "8", "4"])
     parser.add_argument("--replays", type=int, default=20)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        raise SystemExit("benchmarks/attention.py needs a CUDA device; there is none here.")
     dtype = getattr(torch, options.dtype)
+    facts = machine()
     prefilled: list[dict[str, object]] = []
     decoded: list[dict[str, object]] = []
     for kv_bits in options.kv_bits:
@@ -248,9 +252,7 @@ def main() -> None:
     over_plain(prefilled, "ours_tflops", higher_is_faster=True)
     over_plain(decoded, "ours_us", higher_is_faster=False)
     result: dict[str, object] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
+        "machine": facts,
         "dtype": options.dtype,
         "prefill": prefilled,
         "decode": decoded,

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.model import SHAPES
+from benchmarks.checkpoint import SHAPES
+from benchmarks.timing import machine
 from qcompiler.backend import Backend
 from qcompiler.backend.weights import WEIGHTS
 
@@ -50,6 +53,12 @@ def milliseconds(run: Any, ids: torch.Tensor, repeats: int) -> float:
     for _ in range(5):
         run(ids, use_cache=False)
     times = []
+    if ids.device.type == "cpu":
+        for _ in range(repeats):
+            started = time.perf_counter()
+            run(ids, use_cache=False)
+            times.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(times)
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -82,8 +91,7 @@ def measure(
     return result
 
 
-def main() -> None:
-    """Measure every variant and print a table."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer decoder layers than the shape has")
@@ -91,27 +99,39 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 512])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seconds", type=float, default=600, help="start no variant after this long")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure every variant and print a table."""
+    args = parse_arguments()
+    begin = time.perf_counter()
+    facts = machine(args.device)
     model = make_model(args.shape, args.layers, args.device)
     results: dict[str, Any] = {}
-    with torch.no_grad():
-        for name, variant in VARIANTS.items():
-            results[name] = measure(model, variant, args)
-            print(f"{name:34}", results[name], flush=True)
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "shape": args.shape,
-        "layers": model.config.num_hidden_layers,
-        "method": args.method,
-        "bits": args.bits,
-        "graph_breaks": dict(counters["graph_break"]),
-        "results": results,
-    }
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name in args.variants:
+        if time.perf_counter() - begin > args.seconds:
+            print(f"{name:34} left out: out of time", flush=True)
+            continue
+        try:
+            with torch.no_grad():
+                results[name] = measure(model, VARIANTS[name], args)
+        except Exception as error:  # one variant that cannot be measured leaves the others
+            traceback.print_exc()
+            results[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        print(f"{name:34}", results[name], flush=True)
+        if args.output:
+            report = {
+                "machine": facts, "shape": args.shape, "layers": model.config.num_hidden_layers,
+                "method": args.method, "bits": args.bits, "graph_breaks": dict(counters["graph_break"]),
+                "results": results,
+            }  # fmt: skip
+            args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"graph breaks: {sum(counters['graph_break'].values())}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ all times are those of the system's monotonic clock, which processes share.
     {"port": 8000, "at": 12.5, "streams": 64, "prompt_tokens": 128, "tokens": 256, "vocab": 32000, "seed": 0,
      "kind": "streams"}                               when each event of each stream came
     {..., "kind": "prompts", "seconds": 8, "rate": 2}  long prompts at a rate: how long each one took
+
+`cpus` names the cores to run on. Of both kinds comes `busy`: the part of the time in which the process
+computed, 1 where it could not have taken more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -83,8 +87,13 @@ async def run_prompts(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Run the job."""
     job = json.load(sys.stdin)
+    if job.get("cpus"):
+        os.sched_setaffinity(0, job["cpus"])
     run = run_streams if job["kind"] == "streams" else run_prompts
-    json.dump(asyncio.run(run(job)), sys.stdout)
+    used = time.process_time()
+    result = asyncio.run(run(job))
+    busy = (time.process_time() - used) / max(1e-9, time.monotonic() - job["at"])
+    json.dump({**result, "busy": busy}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 """Compile time on a GPU: the HQQ solver over resident weights beside the hqq package, and whole compilations.
 
     python -m benchmarks.compile_speed --output benchmarks/results/compile-speed.json \
-        [--work DIR] [--models llama3-8b llama3-70b:8]
+        [--work DIR] [--models llama3-70b:8 llama3-8b]
 
 The solver checks, quantizes and packs every linear of a Llama-3-8B shape (synthetic bf16 weights on the
-GPU); the hqq package does so for the linears of one layer, and is compared by the weight. Copy bandwidth is
-measured in the same run. With `--work`, checkpoints of the shapes asked for are written there and compiled
-by `qcompile`, each in a process of its own; `llama3-70b:8` has the first 8 layers of the shape. Before each
-compilation the system is asked to forget the checkpoint's pages, so that the disk is read (`--cached`: not).
+GPU); the hqq package does so for the linears of one layer, and is compared by the weight. With `--work`,
+checkpoints of the shapes asked for are written there (the first while the solver runs) and compiled by
+`qcompile`, each in a process of its own; `llama3-70b:8` has the first 8 layers of the shape: 18 GB of
+checkpoint and 8 GB of artifact, written twice, on the disk. Before each compilation the system is asked to
+forget the checkpoint's pages, so that the disk is read (`--cached`: not).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from benchmarks.model import make_checkpoint, qcompile
-from benchmarks.timing import copy_bandwidth
+from benchmarks.checkpoint import qcompile
+from benchmarks.timing import machine
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
 from qcompiler.methods.affine import check_weight
 from qcompiler.methods.hqq import HQQ, SEARCHES
@@ -170,25 +173,56 @@ def forget_pages(folder: Path) -> None:
             os.close(descriptor)
 
 
-def compilation(model: str, work: Path, *, cached: bool, device: str) -> dict[str, Any]:
-    """Write a checkpoint, compile it, and remove both."""
-    shape, _, layers = model.partition(":")
-    checkpoint, artifact = work / f"{shape}-checkpoint", work / f"{shape}-artifact"
-    shutil.rmtree(checkpoint, ignore_errors=True)
+def largest_tensor(folder: Path) -> int:
+    """Bytes of the largest tensor of a checkpoint."""
+    largest = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                part = file.get_slice(name)
+                largest = max(largest, 2 * math.prod(part.get_shape()))
+    return largest
+
+
+class Checkpoint:
+    """A checkpoint being written by a process of its own."""
+
+    def __init__(self, model: str, work: Path):
+        self.shape, _, layers = model.partition(":")
+        self.folder = work / f"{self.shape}-checkpoint"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        command = [sys.executable, "-m", "benchmarks.checkpoint", self.shape, str(self.folder)]
+        self._process = subprocess.Popen([*command, *(["--layers", layers] if layers else [])])
+
+    def wait(self) -> None:
+        """Until it is there.
+
+        Raises:
+            RuntimeError: It could not be written.
+        """
+        if self._process.wait():
+            raise RuntimeError(f"{self.folder} could not be written")
+
+
+def compilation(model: str, checkpoint: Checkpoint, *, cached: bool, device: str) -> dict[str, Any]:
+    """Compile a checkpoint, and remove it and the artifact."""
+    checkpoint.wait()
+    folder, artifact = checkpoint.folder, checkpoint.folder.with_name(f"{checkpoint.shape}-artifact")
+    largest = largest_tensor(folder)
+    source = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     started = time.perf_counter()
-    largest = make_checkpoint(shape, checkpoint, layers=int(layers) if layers else None)
-    written = time.perf_counter() - started
-    source = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     if not cached:
-        forget_pages(checkpoint)
+        forget_pages(folder)
+    flushed = time.perf_counter() - started
     started = time.perf_counter()
     report = qcompile(
-        checkpoint, artifact, ["--method", "hqq", "--bits", "4", "--group-size", "64", "--device", device]
+        folder, artifact, ["--method", "hqq", "--bits", "4", "--group-size", "64", "--device", device]
     )
     row = {
         "model": model,
+        "arguments": "--method hqq --bits 4 --group-size 64",
         "source_bytes": source,
-        "checkpoint_write_seconds": written,
+        "flush_seconds": flushed,
         "pages": "cached" if cached else "dropped before",
         "seconds": report["seconds"],
         "process_seconds": report["process_seconds"],
@@ -202,13 +236,12 @@ def compilation(model: str, work: Path, *, cached: bool, device: str) -> dict[st
         f"({row['source_bytes_per_second'] / 1e9:.2f} GB/s), peak {row['peak_rss_bytes'] / 1e9:.2f} GB",
         flush=True,
     )
-    shutil.rmtree(checkpoint)
+    shutil.rmtree(folder)
     shutil.rmtree(artifact)
     return row
 
 
-def main() -> None:
-    """Run what was asked for and write one JSON file after each part."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -218,21 +251,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="folder for checkpoints and artifacts")
     parser.add_argument(
-        "--models", nargs="*", default=["llama3-8b", "llama3-70b:8"], metavar="SHAPE[:LAYERS]"
+        "--models", nargs="*", default=["llama3-70b:8", "llama3-8b"], metavar="SHAPE[:LAYERS]"
     )
     parser.add_argument("--cached", action="store_true", help="leave the checkpoint in the page cache")
     parser.add_argument("--device", default="cuda", help="of the compilations")
-    options = parser.parse_args()
-    result: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.compile_speed", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
+    parser.add_argument("--stages", action="store_true", help="also time each step of one weight")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run what was asked for and write one JSON file after each part."""
+    options = parse_arguments()
+    models = options.models if options.work else []
+    if models:
+        options.work.mkdir(parents=True, exist_ok=True)
+    writing = Checkpoint(models[0], options.work) if models else None
+    result: dict[str, Any] = {"machine": machine(options.device), "cores": len(os.sched_getaffinity(0))}
     if options.bits:
-        result["device"] = torch.cuda.get_device_name()
-        result["copy_bytes_per_second"] = copy_bandwidth()
-        print(f"copy {result['copy_bytes_per_second'] / 1e12:.2f} TB/s on {result['device']}", flush=True)
         result["solver"] = solver_rows(options.layers, options.bits, options.repeats)
         torch.cuda.empty_cache()
         result["package"] = package = package_row(options.bits[0], options.repeats)
@@ -241,16 +276,19 @@ def main() -> None:
             factor = package["seconds"] / package["weights"] / (ours["seconds"] / ours["weights"])
             result["times_faster_than_package"] = factor
             print(f"{factor:.0f} times the package's speed per weight", flush=True)
-        result["stages_ms"] = stage_times(options.repeats)
+        if options.stages:
+            result["stages_ms"] = stage_times(options.repeats)
         result["errors"] = {str(bits): errors(bits) for bits in options.bits}
         print({bits: round(error["ratio"], 6) for bits, error in result["errors"].items()}, flush=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         torch.cuda.empty_cache()
     result["compilations"] = []
-    for model in options.models if options.work else []:
-        row = compilation(model, options.work, cached=options.cached, device=options.device)
+    for model, after in zip(models, [*models[1:], None], strict=True):
+        assert writing is not None
+        row = compilation(model, writing, cached=options.cached, device=options.device)
         result["compilations"].append(row)
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        writing = Checkpoint(after, options.work) if after else None
 
 
 if __name__ == "__main__":

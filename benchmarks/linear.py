@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,18 +18,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.linear_cases import Case, candidates, parse_case
 from benchmarks.peers import PEERS
 from benchmarks.timing import copies_past_l2, graph_microseconds, machine, read_ceiling
-from qcompiler.kernels.tuning.tables import LinearConfig, table_path
+from qcompiler.kernels.tuning.linear_cases import Case, candidates, parse_case
+from qcompiler.kernels.tuning.measure import TOLERANCE, Job, check_all
+from qcompiler.kernels.tuning.tables import LinearConfig, table_path, write_table
 
 # Of Llama-3-8B and 70B: Q/K/V side by side, O, gate and up side by side, down.
 SHAPES_8B = ["6144x4096", "4096x4096", "28672x4096", "4096x14336"]
 SHAPES_70B = ["10240x8192", "8192x8192", "57344x8192", "8192x28672"]
-# Rounding of weights, scales and the result to bfloat16; int8 activations besides, in llm-int8.
-TOLERANCE = 0.02
-
-Job = tuple[str, int, int, int, LinearConfig | None]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,30 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-_held: dict[tuple[str, int, int], Any] = {}
-
-
-def check(job: Job) -> tuple[Job, float | str]:
-    """Relative error of one configuration, or why it cannot run; compiles it into the cache on the way."""
-    import triton
-
-    name, n, k, tokens, config = job
-    case = parse_case(name)
-    if (name, n, k) not in _held:
-        _held.clear()
-        tensors = case.make(n, k, 0)
-        _held[name, n, k] = case.runner(tensors, k), case.dense(tensors, k)
-    run, weight = _held[name, n, k]
-    x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
-    wanted = x.float() @ weight.T
-    try:
-        y = run(x, config)
-    except triton.runtime.errors.OutOfResources as error:
-        return job, str(error)
-    return job, float((y.float() - wanted).norm() / wanted.norm())
-
-
-def check_all(jobs: list[Job], *, keep_going: bool) -> set[Job]:
+def right_ones(jobs: list[Job], *, keep_going: bool) -> set[Job]:
     """The jobs that can run and are right.
 
     Raises:
@@ -84,18 +56,16 @@ def check_all(jobs: list[Job], *, keep_going: bool) -> set[Job]:
     """
     started = time.perf_counter()
     right = set()
-    workers = min(14, os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for job, error in pool.imap_unordered(check, jobs, chunksize=3):
-            if isinstance(error, str):
-                print(f"# {job[4]}: {error}", file=sys.stderr)
-            elif not error < TOLERANCE:
-                message = f"{job} is wrong by {error:.2e}."
-                if not keep_going:
-                    raise SystemExit(message)
-                print(f"# {message}", file=sys.stderr)
-            else:
-                right.add(job)
+    for job, error in check_all(jobs):
+        if isinstance(error, str):
+            print(f"# {job.config}: {error}", file=sys.stderr)
+        elif not error < TOLERANCE:
+            message = f"{job} is wrong by {error:.2e}."
+            if not keep_going:
+                raise SystemExit(message)
+            print(f"# {message}", file=sys.stderr)
+        else:
+            right.add(job)
     print(f"# {len(right)} of {len(jobs)} checked in {time.perf_counter() - started:.0f} s", flush=True)
     return right
 
@@ -111,14 +81,18 @@ def time_shape(
     weights = [
         torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies_past_l2(2 * n * k))
     ]
-    peers = {}
-    for name in options.peers if case.name == "b4-g64" else ():
-        count = copies_past_l2(n * k // 2)
-        peers[name] = [PEERS[name](n, k) for _ in range(count)]
+    peers: dict[str, list[Any]] = {}
+    refused: dict[str, str] = {}
+    for name in options.peers:
+        if case.name in PEERS[name].cases:
+            try:
+                peers[name] = [PEERS[name].make(n, k, case.name) for _ in range(copies_past_l2(size))]
+            except Exception as error:  # other people's code, which must not cost us our own figures
+                refused[name] = reason(error)
     ceiling = read_ceiling(size, options.repeats)
     rows = []
     for tokens in options.tokens:
-        mine = [job[4] for job in jobs if job[3] == tokens]
+        mine = [job.config for job in jobs if job.tokens == tokens]
         if not mine or time.perf_counter() > deadline:
             continue
         x = torch.randn(tokens, k, dtype=torch.bfloat16, device="cuda")
@@ -140,11 +114,17 @@ def time_shape(
                 row[f"{name}_us"] = graph_microseconds(
                     [lambda c=c, x=x: c(x) for c in calls], options.repeats
                 )
-            except RuntimeError as error:  # a peer that cannot be captured or takes no such shape
-                row[f"{name}_refused"] = str(error).splitlines()[0][:200]
+            except Exception as error:  # it cannot be captured, or takes no such shape
+                refused[name] = reason(error)
+        row |= {f"{name}_refused": why for name, why in refused.items()}
         rows.append(row)
         print_row(row)
     return rows
+
+
+def reason(error: Exception) -> str:
+    """What a peer said when it could not be measured."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -162,22 +142,15 @@ def print_row(row: dict[str, Any]) -> None:
     )
 
 
-def write_table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Add the winners to the GPU's tuning table."""
-    path = table_path(facts["gpu"])
-    entries = json.loads(path.read_text())["entries"] if path.is_file() else {}
+def write_winners(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Add the winners to the GPU's shipped tuning table."""
+    entries = {}
     for row in rows:
         key = parse_case(row["case"]).key(row["n"], row["k"], row["tokens"])
         if key is not None and row["config"]:
-            entries[key] = row["config"]
-    measured = {name: facts[name] for name in ("torch", "triton", "cuda")}
-    table = {
-        "schema": 1,
-        "gpu": facts["gpu"],
-        "measured_with": measured,
-        "entries": dict(sorted(entries.items())),
-    }
-    path.write_text(json.dumps(table, indent=1) + "\n")
+            entries[key] = LinearConfig(**row["config"])
+    path = table_path(facts["gpu"])
+    write_table(path, facts["gpu"], entries, {name: facts[name] for name in ("torch", "triton", "cuda")})
     print(f"# wrote {path.name}", file=sys.stderr)
 
 
@@ -194,21 +167,22 @@ def main(arguments: list[str] | None = None) -> int:
         for n, k in shapes:
             for tokens in options.tokens:
                 tried = candidates(case, tokens, n, k, thorough=options.thorough) if options.tune else []
-                jobs += [(name, n, k, tokens, config) for config in [*tried, None]]
-    right = check_all(jobs, keep_going=options.keep_going)
+                jobs += [Job(case, n, k, tokens, config) for config in [*tried, None]]
+    right = right_ones(jobs, keep_going=options.keep_going)
     facts = machine()
     print(f"# {facts['gpu']}: copy {facts['copy_tb_per_second']:.2f} TB/s, "
           f"bf16 {facts['bf16_tflop_per_second']:.0f} TFLOP/s", flush=True)  # fmt: skip
     rows: list[dict[str, Any]] = []
     for name in options.cases:
         for n, k in shapes:
-            mine = [job for job in jobs if job[:3] == (name, n, k) and job in right]
-            rows += time_shape(parse_case(name), n, k, mine, options, deadline)
+            case = parse_case(name)
+            mine = [job for job in jobs if (job.case, job.n, job.k) == (case, n, k) and job in right]
+            rows += time_shape(case, n, k, mine, options, deadline)
             if options.output is not None:
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
     if options.tune:
-        write_table(rows, facts)
+        write_winners(rows, facts)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md and docs/speed.md, made from benchmarks/results/*.json and from nothing else.
+"""The tables and plots of docs/quality.md and docs/speed.md, made from benchmarks/results/*.json alone.
 
     python -m benchmarks.tables           writes what is not current
     python -m benchmarks.tables --check   only says so, and exits with 1
@@ -16,10 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plots import Plot, is_current, plots_of
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 MODELS = ("tiny-llama", "small-llama")
+IMAGES = ROOT / "docs/images"
 NOT_MEASURED = "Not measured yet."
+_VERSIONS = ("driver", "torch", "triton")
 
 
 def markdown(head: list[str], rows: list[list[Any]]) -> str:
@@ -31,6 +35,19 @@ def markdown(head: list[str], rows: list[list[Any]]) -> str:
 def number(value: float | None, digits: int = 1) -> str:
     """A figure, or a dash where there is none."""
     return "-" if value is None else f"{value:,.{digits}f}".replace(",", " ")
+
+
+def facts(machine: dict[str, Any]) -> str:
+    """One sentence on what was measured on, and its ceilings in the same run."""
+    parts = [machine["gpu"], *(f"{name} {machine[name]}" for name in _VERSIONS if name in machine)]
+    for name, unit in (("copy", "TB/s"), ("bf16", "TFLOP/s")):
+        key = f"{name}_{unit.lower().replace('/s', '_per_second')}"
+        if key in machine:
+            parts.append(f"{name} {machine[key]:.{2 if unit == 'TB/s' else 0}f} {unit}")
+    reads = machine.get("read_tb_per_second", {})
+    if reads:
+        parts.append("read " + ", ".join(f"{tb:.2f} TB/s of {mb} MB" for mb, tb in reads.items()))
+    return ", ".join(parts) + f". Made by `{machine['command']}`."
 
 
 def linear(result: dict[str, Any]) -> str:
@@ -61,10 +78,7 @@ def linear(result: dict[str, Any]) -> str:
         ]
         for r in result["rows"]
     ]
-    of = result["machine"]
-    facts = f"{of['gpu']}, torch {of['torch']}, triton {of['triton']}"
-    rates = f"copy {of['copy_tb_per_second']:.2f} TB/s, bf16 {of['bf16_tflop_per_second']:.0f} TFLOP/s"
-    return f"{facts}, {rates}.\n\n{markdown(head, rows)}"
+    return f"{facts(result['machine'])}\n\n{markdown(head, rows)}"
 
 
 def attention(result: dict[str, Any]) -> str:
@@ -80,7 +94,7 @@ def attention(result: dict[str, Any]) -> str:
             {key for r in rows for key in r if key.endswith(unit) and not key.startswith(("ours", "ceil"))}
         )
 
-    parts = [f"{result['device']}, torch {result['torch']}, triton {result['triton']}, {result['dtype']}."]
+    parts = [f"{facts(result['machine'])} {result['dtype']}."]
     for kind, unit, label in (("prefill", "_tflops", "TFLOP/s"), ("decode", "_us", "µs")):
         rows = result[kind]
         peers = columns(rows, unit)
@@ -97,46 +111,109 @@ def attention(result: dict[str, Any]) -> str:
 
 
 def model(result: dict[str, Any]) -> str:
-    """Whole models: compile time and memory, then tokens per second by batch."""
-    compiled = markdown(
-        ["qcompile", "time, s", "peak memory, GB", "bits per weight, linears"],
+    """Whole models: first token, prefill and memory, then decoded tokens per second by batch."""
+    from benchmarks.plots import row_shape
+
+    parts = [facts(run) for run in result["runs"]]
+    for shape in dict.fromkeys(row_shape(row) for row in result["rows"]):
+        rows = [row for row in result["rows"] if row_shape(row) == shape and "failed" not in row]
+        batches = sorted({int(b) for row in rows for b in row["decode"]})
+        prompts = sorted({int(t) for row in rows for t in row["prefill"]})
+        head = [
+            shape, "after", *(f"{b} seq., tok/s" for b in batches), *(f"first of {t}, ms" for t in prompts),
+            *(f"prefill {t}, tok/s" for t in prompts), "peak, GB",
+        ]  # fmt: skip
+        body = []
+        for row in sorted(rows, key=lambda row: row["peer"]):
+            note = f" ({row['note']})" if row.get("note") else ""
+            decode = [row["decode"].get(str(b), {}).get("tokens_per_second") for b in batches]
+            first = [row["prefill"].get(str(t), {}) for t in prompts]
+            milliseconds = [1e3 * f["seconds"] if f else None for f in first]
+            body.append([
+                row["label"] + note, row["decode_prompt"], *(number(d, 0) for d in decode),
+                *(number(m) for m in milliseconds),
+                *(number(f.get("tokens_per_second"), 0) for f in first), number(row.get("peak_gb"), 1),
+            ])  # fmt: skip
+        parts.append(markdown(head, body))
+        failed = [row for row in result["rows"] if row_shape(row) == shape and "failed" in row]
+        parts += [f"{row['label']}: {row['failed']}" for row in failed]
+    return "\n\n".join(parts)
+
+
+def compile_speed(result: dict[str, Any]) -> str:
+    """The solver beside the package, and whole compilations."""
+    parts = [facts(result["machine"])]
+    if "solver" in result:
+        rows = [
+            [f"ours, {r['bits']} bit, {r['rounds']} rounds", number(r["weights"] / 1e9, 2),
+             number(r["seconds"], 3), number(r["weights"] / r["seconds"] / 1e9, 2)]
+            for r in result["solver"]
+        ]  # fmt: skip
+        package = result["package"]
+        if "seconds" in package:
+            rows.append([
+                f"hqq package, {package['bits']} bit", number(package["weights"] / 1e9, 2),
+                number(package["seconds"], 3), number(package["weights"] / package["seconds"] / 1e9, 2),
+            ])  # fmt: skip
+        parts.append(markdown(["solver", "G weights", "time, s", "G weights/s"], rows))
+        if "times_faster_than_package" in result:
+            parts.append(
+                f"By the weight, {result['times_faster_than_package']:.0f} times the package's speed."
+            )
+    head = ["model", "qcompile", "source, GB", "time, s", "GB/s of source", "peak memory, GB", "bound, GB"]
+    rows = [
         [
-            [
-                f"`{v['arguments']}`",
-                number(v["compile"]["process_seconds"]),
-                number(v["compile"]["peak_rss_bytes"] / 1e9, 2),
-                number(v["compile"].get("bits_per_weight_linears"), 3),
-            ]
-            for v in result["variants"]
-        ],
+            r["model"], f"`{r['arguments']}`", number(_giga(r.get("source_bytes"))),
+            number(r["process_seconds"]), number(_giga(r.get("source_bytes_per_second")), 2),
+            number(r["peak_rss_bytes"] / 1e9, 2), number(r["memory_bound_bytes"] / 1e9, 2),
+        ]
+        for r in result["compilations"]
+    ]  # fmt: skip
+    return "\n\n".join([*parts, *([markdown(head, rows)] if rows else [])])
+
+
+def _giga(value: float | None) -> float | None:
+    return None if value is None else value / 1e9
+
+
+def backend(result: dict[str, Any]) -> str:
+    """Milliseconds of one step by number of tokens."""
+    tokens = list(dict.fromkeys(t for r in result["results"].values() for t in r.get("ms", {})))
+    body = [
+        [name, *(number(r.get("ms", {}).get(t), 2) for t in tokens), number(r.get("relative_error"), 4)]
+        for name, r in result["results"].items()
+    ]
+    table = markdown(["", *(f"{t} tokens, ms" for t in tokens), "relative error of logits"], body)
+    breaks = sum(result["graph_breaks"].values())
+    setting = f"{result['shape']}, {result['layers']} layers, {result['method']}, {result['bits']} bit"
+    return f"{facts(result['machine'])} {setting}; {breaks} graph breaks.\n\n{table}"
+
+
+def aqlm_block(result: dict[str, Any]) -> str:
+    """Seconds of each phase of one block."""
+    phases = result["measured"]["phases"]
+    table = markdown(
+        ["phase", "measured, s", "predicted, s"],
+        [[name, number(s), number(result["predicted"].get(name))] for name, s in phases.items()],
     )
-    speed = markdown(
-        ["qcompile", "batch", "prompt tokens", "prefill, tokens/s", "decode, tokens/s"],
-        [
-            [
-                f"`{v['arguments']}`",
-                r["batch"],
-                r["prompt_tokens"],
-                number(r["prefill_tokens_per_second"], 0),
-                number(r["decode_tokens_per_second"], 0),
-            ]
-            for v in result["variants"]
-            for r in v["bench"]["rows"]
-        ],
+    of = result["settings"]
+    return (
+        f"{facts(result['machine'])} {of['scheme']}, {of['tokens']} tokens, hidden size {of['hidden']}; "
+        f"with its streams {result['seconds_with_streams']:.0f} s a block.\n\n{table}"
     )
-    return f"{result['shape']}, {result['device']}, torch {result['torch']}.\n\n{compiled}\n\n{speed}"
 
 
 def serve(result: dict[str, Any]) -> str:
     """The server beside the bare engine, and the time between tokens."""
     throughput = markdown(
-        ["streams", "engine, tokens/s", "server, tokens/s", "ratio"],
+        ["streams", "engine, tokens/s", "server, tokens/s", "ratio", "busiest client"],
         [
             [
                 r["streams"],
                 number(r["engine_decode"], 0),
-                number(max(run["decode"] for run in r["server"]), 0),
+                number(r["server_decode"], 0),
                 number(r["decode_ratio"], 3),
+                number(max(run["client_busy"] for run in r["server"]), 2),
             ]
             for r in result["throughput"]
         ],
@@ -152,7 +229,7 @@ def serve(result: dict[str, Any]) -> str:
     )
     of = result["settings"]
     return (
-        f"{result['model']}, {result['device']}, torch {result['torch']}. "
+        f"{result['model']}. {facts(result['machine'])} "
         f"Prompts of {of['prompt_tokens']} tokens, {of['decode_tokens']} generated.\n\n{throughput}\n\n"
         f"Time between the tokens of {of['latency_streams']} streams, quiet and while {of['rate']:g} prompts "
         f"of {of['long_prompt']} tokens a second arrive:\n\n{gaps}"
@@ -172,21 +249,42 @@ def quality_tables() -> dict[str, str]:
     return made
 
 
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "linear": linear, "attention": attention, "model": model, "compile-speed": compile_speed, "serve": serve,
+    "backend": backend, "aqlm-block": aqlm_block,
+}  # fmt: skip
+
+
+def results_of(kind: str) -> dict[str, dict[str, Any]]:
+    """Files of a benchmark by stem; there may be several, as in `serve.json` and `serve-other.json`."""
+    files = [p for p in sorted(RESULTS.glob(f"{kind}*.json")) if re.fullmatch(rf"{kind}(-.+)?", p.stem)]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def speed_plots() -> list[Plot]:
+    """Plots of docs/speed.md."""
+    return [
+        plot
+        for kind in KINDS
+        for stem, found in results_of(kind).items()
+        for plot in plots_of(kind, stem, found)
+    ]
+
+
 def speed_tables() -> dict[str, str]:
-    """Tables of docs/speed.md; of a kind there may be several, as in `serve.json` and `serve-other.json`."""
-    kinds: dict[str, Callable[[dict[str, Any]], str]] = {
-        "linear": linear, "attention": attention, "model": model, "serve": serve,
-    }  # fmt: skip
+    """Tables of docs/speed.md, with its plots below them."""
     made = {}
-    for kind, table in kinds.items():
-        files = [p for p in sorted(RESULTS.glob(f"{kind}*.json")) if re.fullmatch(rf"{kind}(-.+)?", p.stem)]
-        parts = [table(json.loads(p.read_text(encoding="utf-8"))) for p in files]
+    for kind, table in KINDS.items():
+        parts = []
+        for stem, found in results_of(kind).items():
+            parts.append(table(found))
+            parts += [f"![{plot.title}](images/{plot.name}.svg)" for plot in plots_of(kind, stem, found)]
         made[kind] = "\n\n".join(parts) or NOT_MEASURED
     return made
 
 
 def stale(*, write: bool = False) -> list[str]:
-    """Tables that are not what the results say; with `write` they are written."""
+    """Tables and plots that are not what the results say; with `write` they are written."""
     found = []
     for page, tables in (("quality.md", quality_tables()), ("speed.md", speed_tables())):
         path = ROOT / "docs" / page
@@ -202,6 +300,11 @@ def stale(*, write: bool = False) -> list[str]:
                 text = head + begin + body + end + tail
         if write and text != before:
             path.write_text(text, encoding="utf-8")
+    for plot in speed_plots():
+        if not is_current(plot, IMAGES):
+            found.append(f"docs/images/{plot.name}.svg")
+            if write:
+                plot.draw(IMAGES / f"{plot.name}.svg")
     return found
 
 

@@ -8,42 +8,14 @@ plain streaming reads of as many bytes, one launch each.
 from __future__ import annotations
 
 import platform
-import statistics
+import re
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-L2_BYTES = 160 << 20  # rotate over more than two and a half times the largest L2 at hand
-
-
-def graph_microseconds(calls: list[Callable[[], Any]], repeats: int = 10) -> float:
-    """Median time of one call in µs; all calls (one per rotated copy) stand in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[3:])
-
-
-def copies_past_l2(nbytes: int) -> int:
-    """How many copies of a weight make a rotation that no cache holds."""
-    return max(2, -(-L2_BYTES // nbytes))
+from qcompiler.kernels.tuning.timing import copies_past_l2, graph_microseconds
 
 
 def read_ceiling(count: int, repeats: int = 10) -> float:
@@ -73,19 +45,43 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / graph_microseconds([lambda: target.copy_(source)]) * 1e6
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, its copy bandwidth and its matrix rate, measured now."""
+def driver_version() -> str:
+    """Of the kernel module, or "unknown"."""
+    path = Path("/proc/driver/nvidia/version")
+    found = (
+        re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", path.read_text()) if path.is_file() else None
+    )
+    return found.group(1) if found else "unknown"
+
+
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """What the figures were taken on, and of a GPU its ceilings, measured now.
+
+    Copy bandwidth counts bytes read and written; `read_tb_per_second` is by megabytes read.
+    """
+    if not device.startswith("cuda"):
+        facts = {"torch": torch.__version__, "python": platform.python_version()}
+        return {"command": command(), "gpu": platform.processor() or "CPU", **facts}
     import triton
 
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product = graph_microseconds([lambda: left @ right])
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "gpu": torch.cuda.get_device_name(),
+        "driver": driver_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "copy_tb_per_second": copy_bandwidth() / 1e12,
+        "read_tb_per_second": {str(mb): mb / read_ceiling(mb * 10**6) for mb in (10, 30, 100, 300)},
         "bf16_tflop_per_second": 2 * 8192**3 / product / 1e6,
     }
+
+
+def command() -> str:
+    """What was typed, with folders of this machine left out."""
+    name = Path(sys.argv[0]).stem
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python -m", "benchmarks" if name == "__main__" else f"benchmarks.{name}", *words])

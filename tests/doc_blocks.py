@@ -140,6 +140,10 @@ class Place:
             return
         elif tool == "qrun":
             code = _qrun(rest)
+        elif [tool, *rest[:2]] == ["python", "-m", "benchmarks"]:
+            from benchmarks.__main__ import main
+
+            code = main(rest[2:])
         elif tool == "curl":
             if shutil.which("curl") is None:
                 return

@@ -4,13 +4,16 @@ A table is `<gpu>.json` beside this file, `<gpu>` the device name in lower case
 with underscores: {"schema": 1, "gpu": name, "measured_with": {...}, "entries":
 {key: config}}. A key names op, format, shape and token bucket, e.g.
 "linear_affine/affine-b4-g64/n4096-k4096/m16/bfloat16". Nothing is tuned while
-serving; `benchmarks/linear.py --tune` writes tables.
+serving: `qrun tune` writes tables into a folder of the user's, whose entries go
+before those that ship; `benchmarks/linear.py --tune` writes the latter.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -68,23 +71,72 @@ def table_path(gpu: str, folder: Path = _FOLDER) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json")
 
 
+def user_folder() -> Path:
+    """Where the user's own tables lie: $QCOMPILER_TUNING, else $XDG_DATA_HOME/qcompiler/tuning."""
+    named = os.environ.get("QCOMPILER_TUNING")
+    if named:
+        return Path(named)
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "qcompiler" / "tuning"
+
+
 @lru_cache(maxsize=16)
-def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
+def load_table(gpu: str, folder: Path | None = None) -> dict[str, LinearConfig]:
     """Entries measured on a GPU model; empty when nobody measured there.
 
+    Args:
+        gpu: Device name.
+        folder: Of the table; the shipped one with the user's entries before its own when None. Read once.
+
     Raises:
-        ArtifactError: The file is not a table of this schema.
+        ArtifactError: A file is not a table of this schema.
     """
-    path = table_path(gpu, folder)
+    if folder is None:
+        return {**_entries(table_path(gpu)), **_entries(table_path(gpu, user_folder()))}
+    return _entries(table_path(gpu, folder))
+
+
+def _entries(path: Path) -> dict[str, LinearConfig]:
     if not path.is_file():
         return {}
+    hint = f"Remove {path}, or write it anew with qrun tune."
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != 1:
-            raise ArtifactError(f"{path.name} has schema {data['schema']}, not 1.")
+            raise ArtifactError(f"{path.name} has schema {data['schema']}, not 1.", hint=hint)
         return {key: LinearConfig(**entry) for key, entry in data["entries"].items()}
+    except ArtifactError as error:
+        raise ArtifactError(f"{path.name}: {error.message}", hint=hint) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path.name} is not a tuning table: {error}.") from error
+        raise ArtifactError(f"{path.name} is not a tuning table: {error}.", hint=hint) from error
+
+
+def write_table(
+    path: Path, gpu: str, entries: Mapping[str, LinearConfig], measured_with: Mapping[str, str]
+) -> None:
+    """Add entries to a table, or begin one; a reader sees the old file or the new one, never half of it.
+
+    Args:
+        path: The file, in a folder that is made if need be.
+        gpu: Device name as the driver tells it.
+        entries: Configurations by `table_key` and its like.
+        measured_with: Versions of torch, triton and CUDA.
+
+    Raises:
+        ArtifactError: What is there is no table.
+        OSError: It cannot be written.
+    """
+    merged = {key: config.to_json() for key, config in {**_entries(path), **entries}.items()}
+    facts = {"schema": 1, "gpu": gpu, "measured_with": dict(measured_with)}
+    table = {**facts, "entries": dict(sorted(merged.items()))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    load_table.cache_clear()
 
 
 def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:

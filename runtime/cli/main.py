@@ -1,4 +1,4 @@
-"""qrun: generate, chat, serve, eval, bench, inspect and verify an artifact.
+"""qrun: generate, chat, serve, eval, bench, tune, inspect and verify an artifact.
 
 Results go to stdout, everything else to stderr; with --json stdout holds one
 JSON object and nothing else. Exit codes: 0 fine, 2 refused input, 3 quality
@@ -22,6 +22,7 @@ _COMMANDS = {
     "serve": ("qcompiler.runtime.cli.serve", "Answer requests by OpenAI's HTTP API."),
     "eval": ("qcompiler.runtime.cli.eval", "Perplexity of a text file."),
     "bench": ("qcompiler.runtime.cli.bench", "Prefill and decode speed by batch size."),
+    "tune": ("qcompiler.runtime.cli.tune", "Measure kernel configurations on this GPU."),
     "inspect": ("qcompiler.runtime.cli.inspect", "What an artifact holds."),
     "verify": ("qcompiler.runtime.cli.verify", "Check every byte of an artifact."),
 }

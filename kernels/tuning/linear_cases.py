@@ -1,19 +1,21 @@
-"""The quantized linears that `benchmarks/linear.py` times: random weights, and configurations to try."""
+"""The quantized linears that are timed: random weights of a format, how to run them, configurations to try.
+
+`qrun tune` and `benchmarks/linear.py` choose among the same candidates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from qcompiler.kernels.formats import AFFINE, AffineSpec, get_format
-from qcompiler.kernels.formats.additive import AdditiveSpec
+from qcompiler.kernels.formats import ADDITIVE, AFFINE, AdditiveSpec, AffineSpec, get_format
 from qcompiler.kernels.formats.affine import num_groups
 from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec, in_blocks, tail_layout
-from qcompiler.kernels.formats.int8_channel import Int8ChannelSpec
-from qcompiler.kernels.formats.lut4 import Lut4Spec
+from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
+from qcompiler.kernels.formats.lut4 import LUT4, NESTED_BLOCK, Lut4Spec, num_blocks
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.tuning.tables import LinearConfig, table_key, token_bucket
 
@@ -22,10 +24,17 @@ Run = Callable[[torch.Tensor, LinearConfig | None], torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A format with its settings: `name` as on the command line, `spec` as the format takes it."""
+    """A format with its settings.
+
+    Attributes:
+        name: As on the command line.
+        spec: As the format takes it.
+        dtype: Of the activations, float16 or bfloat16.
+    """
 
     name: str
     spec: Any
+    dtype: torch.dtype = torch.bfloat16
 
     def make(self, n: int, k: int, seed: int) -> dict[str, torch.Tensor]:
         """Random stored tensors of a weight [n, k] on the GPU."""
@@ -41,16 +50,11 @@ class Case:
                 self.spec.codebooks, self.spec.codewords, self.spec.group_size, device="cuda",
                 generator=generator,
             )  # fmt: skip
-            return get_format("additive").pack(self.spec, codes, books, torch.rand(n, device="cuda") + 0.5)
-        weight = torch.randn(n, k, device="cuda", generator=generator)
+            return ADDITIVE.pack(self.spec, codes, books, torch.rand(n, device="cuda") + 0.5)
         if isinstance(self.spec, Lut4Spec):
-            from qcompiler.methods.bnb import quantize_lut4
-
-            return quantize_lut4(weight, self.spec)
-        from qcompiler.methods.bnb import quantize_rows_absmax
-
-        codes, absmax = quantize_rows_absmax(weight)
-        return get_format("int8_channel").pack(self.spec, codes, absmax / 127)
+            return _lut4_weight(self.spec, n, k, generator)
+        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda", generator=generator)
+        return INT8_CHANNEL.pack(self.spec, codes, torch.rand(n, device="cuda") / 60 + 0.01)
 
     def dense(self, tensors: dict[str, torch.Tensor], k: int) -> torch.Tensor:
         """The weight in float32."""
@@ -58,18 +62,19 @@ class Case:
 
     def key(self, n: int, k: int, tokens: int) -> str | None:
         """Key of the tuning table's entry; None where the launcher has no configurations."""
+        dtype = str(self.dtype).removeprefix("torch.")
         if isinstance(self.spec, AffineSpec):
-            return table_key(self.spec.bits, self.spec.group_size, n, k, tokens, "bfloat16")
+            return table_key(self.spec.bits, self.spec.group_size, n, k, tokens, dtype)
         if isinstance(self.spec, BodyTailSpec):
             body = f"affine-b{self.spec.bits}-g{self.spec.group_size}"
-            return f"linear_body_tail/{body}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
+            return f"linear_body_tail/{body}/n{n}-k{k}/m{token_bucket(tokens)}/{dtype}"
         if isinstance(self.spec, AdditiveSpec):
             return None
         if isinstance(self.spec, Lut4Spec):
             start = f"linear_lut4/{self.spec.quant_type}-b{self.spec.block_size}"
         else:
             start = f"linear_{'int8' if self.spec.outlier_threshold is None else 'llm_int8'}/int8_channel"
-        return f"{start}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
+        return f"{start}/n{n}-k{k}/m{token_bucket(tokens)}/{dtype}"
 
     def runner(self, tensors: dict[str, torch.Tensor], k: int) -> Run:
         """A function of x and a configuration: None for the one that the launcher chooses."""
@@ -77,16 +82,18 @@ class Case:
             from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
 
             bits, group = self.spec.bits, self.spec.group_size
-            sides = pack_sides(tensors["scales"], tensors["zeros"], bits, group, k, torch.bfloat16)
+            sides = pack_sides(tensors["scales"], tensors["zeros"], bits, group, k, self.dtype)
             low, high = tensors["low"], tensors.get("high")
             return lambda x, config: linear_affine_sides_triton(
                 x, low, high, sides, None, bits, group, k, config
             )
+        kernel: Any
         _, (_, *rest) = get_format(self.spec.name).op_call(self.spec, None, tensors, None, k)
         if isinstance(self.spec, BodyTailSpec):
             from qcompiler.kernels.triton.linear_body_tail import linear_body_tail_triton
 
-            return lambda x, config: linear_body_tail_triton(x, *rest, config=config)
+            kernel = linear_body_tail_triton
+            return lambda x, config: kernel(x, *rest, config=config)
         if isinstance(self.spec, AdditiveSpec):
             from qcompiler.kernels.triton.linear_additive import linear_additive_triton
 
@@ -94,14 +101,17 @@ class Case:
         if isinstance(self.spec, Lut4Spec):
             from qcompiler.kernels.triton.linear_lut4 import linear_lut4_triton
 
-            return lambda x, config: linear_lut4_triton(x, *rest, config=config)
+            kernel = linear_lut4_triton
+            return lambda x, config: kernel(x, *rest, config=config)
         if self.spec.outlier_threshold is None:
             from qcompiler.kernels.triton.linear_int8 import linear_int8_triton
 
-            return lambda x, config: linear_int8_triton(x, *rest, config=config)
+            kernel = linear_int8_triton
+            return lambda x, config: kernel(x, *rest, config=config)
         from qcompiler.kernels.triton.linear_llm_int8 import linear_llm_int8_triton
 
-        return lambda x, config: linear_llm_int8_triton(x, *rest, config=config)
+        kernel = linear_llm_int8_triton
+        return lambda x, config: kernel(x, *rest, config=config)
 
 
 def _affine_weight(spec: AffineSpec, n: int, k: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -110,6 +120,16 @@ def _affine_weight(spec: AffineSpec, n: int, k: int, generator: torch.Generator)
     scales = (torch.rand(n, groups, device="cuda", generator=generator) + 0.5) / 2**spec.bits
     zeros = 2 ** (spec.bits - 1) + torch.randn(n, groups, device="cuda", generator=generator)
     return AFFINE.pack(spec, codes, scales, zeros)
+
+
+def _lut4_weight(spec: Lut4Spec, n: int, k: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda", generator=generator)
+    blocks = num_blocks(spec.block_size, n, k)
+    if not spec.double_quant:
+        return LUT4.pack(spec, codes, torch.rand(blocks, device="cuda", generator=generator) + 0.5)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda", generator=generator)
+    nested = torch.rand(-(-blocks // NESTED_BLOCK), device="cuda", generator=generator)
+    return LUT4.pack(spec, codes, absmax, nested, torch.full((), 1.5, device="cuda"))
 
 
 def _body_tail_weight(
@@ -159,10 +179,11 @@ def candidates(case: Case, tokens: int, n: int, k: int, *, thorough: bool) -> li
 
 def _splits(n: int, block_n: int, k: int, most: int) -> list[int]:
     """Divisions of K that leave a few programs per multiprocessor."""
-    return [s for s in (1, 2, 4, 8) if s <= most and k // s >= 1024 and (s == 1 or n // block_n * s <= 2048)]
+    several = [s for s in (2, 4, 8) if s <= most and k // s >= 1024 and n // block_n * s <= 2048]
+    return [1, *several]
 
 
-def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool):
+def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool) -> Iterator[LinearConfig]:
     bucket = token_bucket(tokens)
     if tokens <= 2:
         rows = (4, 8) if bits > 3 and tokens == 1 else (4,)
@@ -191,7 +212,7 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool):
         yield LinearConfig("dense")
 
 
-def _body_tail(tokens: int):
+def _body_tail(tokens: int) -> Iterator[LinearConfig]:
     if tokens <= 64:
         for block_n, warps in ((64, 4), (128, 4), (128, 8)):
             for split in (1, 2, 4, 8):
@@ -209,7 +230,7 @@ def _body_tail(tokens: int):
                     yield LinearConfig("gemv", block_n, 1, split, warps, 2)
 
 
-def _others(case: Case, tokens: int, n: int, thorough: bool):
+def _others(case: Case, tokens: int, n: int, thorough: bool) -> Iterator[LinearConfig]:
     if tokens <= 4:
         for block_n in (8, 16, 32):
             for warps in (2, 4, 8):
