@@ -21,6 +21,7 @@ from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, Lut4Spec
 from qcompiler.kernels.library import registered_ops
+from qcompiler.kernels.ops.linear_affine_gated import gated_op
 from qcompiler.kernels.ops.linear_affine_sides import LINEAR_AFFINE_SIDES, pack_sides
 
 Tensors = dict[str, torch.Tensor]
@@ -321,8 +322,46 @@ class AffineSides(Provider):
         return kept, dict(attrs)
 
 
+class _Gated(Provider):
+    """`linear_affine_gated` as a provider of `linear_affine` runs it; goes before that in a class's bases."""
+
+    op_name = "linear_affine_gated"
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """The gated form of the other provider's op."""
+        return gated_op(super().op)
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """As the other provider does, the activation besides."""
+        kept, settings = super().prepare(tensors, attrs)
+        return kept, {**settings, "activation": attrs["activation"]}
+
+
+class GatedSides(_Gated, AffineSides):
+    """See `AffineSides`."""
+
+
+class GatedCpuInt4(_Gated, AffineCpuInt4):
+    """See `AffineCpuInt4`."""
+
+
+class GatedCpuInt8(_Gated, AffineCpuInt8):
+    """See `AffineCpuInt8`."""
+
+
+class GatedCpuDense(_Gated, AffineCpuDense):
+    """See `AffineCpuDense`."""
+
+
 _PROVIDERS: tuple[type[Provider], ...] = (
     AffineSides,
+    GatedSides,
+    GatedCpuInt4,
+    GatedCpuInt8,
+    GatedCpuDense,
     AffineCpuInt4,
     AffineCpuInt8,
     AffineCpuDense,

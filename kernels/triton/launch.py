@@ -1,11 +1,80 @@
-"""What every launcher needs: the tensor's device as the current one, its size, and row addressing."""
+"""What every launcher needs: the tensor's device as the current one, its size, row addressing, early starts.
+
+A kernel that starts early (programmatic dependent launch, CUDA programming guide) is set up while the one
+before it still runs. Every program of it calls `wait_for_earlier` before it reads or writes anything; so a
+kernel has ended only after all that were launched before it have, and any kernel may follow. What may be
+done before the wait is `prefetch_rows`: it moves bytes into the L2 cache and cannot read anything stale.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+from triton.runtime.interpreter import InterpretedFunction
+
+# QCOMPILER_PDL=0 in the environment, or `allow_early_starts(False)`: kernels start one after the other.
+_early_starts = os.environ.get("QCOMPILER_PDL", "1") != "0"
+
+
+@triton.jit
+def wait_for_earlier(PDL: tl.constexpr):
+    """Wait until all kernels launched before this one have ended, then let the next one be set up.
+
+    In this order, what the next kernel does before its own wait comes after everything but this kernel.
+    """
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_rows(rows, nbytes):
+    """Bring into the L2 cache what the pointers `rows` [n] point to; compiled for sm_90 and later only.
+
+    nbytes: Of each row, int32, a multiple of 16; rows that begin between multiples of 16 end so much earlier.
+    """
+    # One instruction per row, by as many threads as there are rows; the others hold copies.
+    count = tl.full(rows.shape, rows.shape[0], tl.int32)
+    size = tl.zeros(rows.shape, tl.int32) + nbytes
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r",
+        [rows.to(tl.int64) & -16, size, count],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def allow_early_starts(allowed: bool) -> None:
+    """Let kernels start early where the device can (the default), or not."""
+    global _early_starts
+    _early_starts = allowed
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels on `device` start early: allowed, compiled, on Hopper or later."""
+    return _early_starts and _can_start_early(device)
+
+
+@functools.cache
+def _can_start_early(device: torch.device) -> bool:
+    compiled = not isinstance(wait_for_earlier, InterpretedFunction)
+    return compiled and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_start(device: torch.device) -> dict[str, Any]:
+    """What a launch of a kernel that calls `wait_for_earlier(PDL)` is given besides its own arguments."""
+    # Only where it is used: other backends do not know the option.
+    return {"PDL": True, "launch_pdl": True} if starts_early(device) else {"PDL": False}
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

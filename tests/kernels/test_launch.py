@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.kernels.triton.launch import as_rows, next_power_of_2
+from qcompiler.kernels.triton.launch import (
+    allow_early_starts,
+    as_rows,
+    early_start,
+    next_power_of_2,
+    starts_early,
+)
 
 
 def gathered(x):
@@ -51,3 +57,21 @@ def test_views_into_a_fused_projection_are_not_copied(view):
 @pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_2(n, power):
     assert next_power_of_2(n) == power
+
+
+def test_kernels_start_early_only_where_a_device_can():
+    assert not starts_early(torch.device("cpu"))
+    assert early_start(torch.device("cpu")) == {"PDL": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_early_starts_can_be_turned_off():
+    device = torch.device("cuda")
+    able = torch.cuda.get_device_capability() >= (9, 0)
+    assert early_start(device) == ({"PDL": True, "launch_pdl": True} if able else {"PDL": False})
+    allow_early_starts(False)
+    try:
+        assert early_start(device) == {"PDL": False}
+    finally:
+        allow_early_starts(True)
