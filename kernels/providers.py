@@ -323,37 +323,54 @@ class AffineSides(Provider):
 
 
 class _Gated(Provider):
-    """`linear_affine_gated` as a provider of `linear_affine` runs it; goes before that in a class's bases."""
+    """`linear_affine_gated` as a provider of `linear_affine` runs it."""
 
     op_name = "linear_affine_gated"
+    plain: type[Provider]
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, lean: bool = False):
+        super().__init__(device, dtype, lean)
+        self._linear = self.plain(device, dtype, lean)
 
     @property
     def op(self) -> torch._ops.OpOverload:
         """The gated form of the other provider's op."""
-        return gated_op(super().op)
+        return gated_op(self._linear.op)
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """What the other provider does."""
+        return self._linear.supports(attrs, tensors)
 
     def prepare(
         self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
     ) -> tuple[Tensors, Attributes]:
         """As the other provider does, the activation besides."""
-        kept, settings = super().prepare(tensors, attrs)
+        kept, settings = self._linear.prepare(tensors, attrs)
         return kept, {**settings, "activation": attrs["activation"]}
 
 
-class GatedSides(_Gated, AffineSides):
+class GatedSides(_Gated):
     """See `AffineSides`."""
 
+    name, plain = AffineSides.name, AffineSides
 
-class GatedCpuInt4(_Gated, AffineCpuInt4):
+
+class GatedCpuInt4(_Gated):
     """See `AffineCpuInt4`."""
 
+    name, plain = AffineCpuInt4.name, AffineCpuInt4
 
-class GatedCpuInt8(_Gated, AffineCpuInt8):
+
+class GatedCpuInt8(_Gated):
     """See `AffineCpuInt8`."""
 
+    name, plain = AffineCpuInt8.name, AffineCpuInt8
 
-class GatedCpuDense(_Gated, AffineCpuDense):
+
+class GatedCpuDense(_Gated):
     """See `AffineCpuDense`."""
+
+    name, plain = AffineCpuDense.name, AffineCpuDense
 
 
 _PROVIDERS: tuple[type[Provider], ...] = (

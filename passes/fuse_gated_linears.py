@@ -17,7 +17,6 @@ from qcompiler.passes.graph_utils import (
     calls,
     dtype_of,
     insert_call,
-    last_dim,
     last_dim_span,
     replace,
 )
@@ -36,16 +35,12 @@ class FuseGatedLinears(Pass):
         for node in list(gm.graph.nodes):
             if not calls(node, _ops.silu_mul.default, _ops.gelu_mul.default):
                 continue
-            spans = [last_dim_span(half) for half in node.args[:2]]
-            linear = spans[0].source if spans[0] is not None else None
-            if linear is None or not linear_like(linear):
+            gate, up = (last_dim_span(half) for half in node.args[:2])
+            if gate is None or up is None or gate.source is not up.source or not linear_like(gate.source):
                 result.skip(node, "gate and up are not parts of one linear")
                 continue
-            gate, up = spans
-            size = last_dim(linear) or 0
-            if up is None or up.source is not linear:
-                result.skip(node, "gate and up are not parts of one linear")
-            elif (gate.start, gate.end, up.start, up.end) != (0, size // 2, size // 2, size):
+            linear, size = gate.source, gate.size
+            if (gate.start, gate.end, up.start, up.end) != (0, size // 2, size // 2, size):
                 result.skip(node, "gate and up are not the first and the second half of their linear")
             elif not calls(linear, _ops.linear_affine.default):
                 result.skip(node, "the format of its weight has no op with an activation inside")

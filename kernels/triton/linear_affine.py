@@ -12,8 +12,6 @@ second kernel in a fixed order: results are reproducible bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -57,11 +55,23 @@ def linear_affine_triton(
         return _launch(x, low, high, scales, zeros, bias, bits, group_size, in_features, config, activation)
 
 
-def linear_affine_gated_triton(*args: Any) -> torch.Tensor:
+def linear_affine_gated_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation: str,
+) -> torch.Tensor:
     """CUDA provider of `qcompiler::linear_affine_gated`."""
-    *linear, activation = args
-    check_gated(activation, args[1].shape[0])
-    return linear_affine_triton(*linear, activation=activation)
+    check_gated(activation, low.shape[0])
+    return linear_affine_triton(
+        x, low, high, scales, zeros, bias, bits, group_size, in_features, activation=activation
+    )
 
 
 def _launch(

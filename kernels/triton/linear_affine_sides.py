@@ -10,8 +10,6 @@ bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -59,11 +57,22 @@ def linear_affine_sides_triton(
         return _launch(x, low, high, sides, bias, bits, group_size, in_features, config, activation)
 
 
-def linear_affine_sides_gated_triton(*args: Any) -> torch.Tensor:
+def linear_affine_sides_gated_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation: str,
+) -> torch.Tensor:
     """CUDA provider of `qcompiler::linear_affine_sides_gated`."""
-    *linear, activation = args
-    check_gated(activation, args[1].shape[0])
-    return linear_affine_sides_triton(*linear, activation=activation)
+    check_gated(activation, low.shape[0])
+    return linear_affine_sides_triton(
+        x, low, high, sides, bias, bits, group_size, in_features, activation=activation
+    )
 
 
 def _launch(

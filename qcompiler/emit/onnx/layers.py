@@ -94,7 +94,7 @@ def _rotary(t: Translation, call: Call) -> Value:
     return t.result(_rotate(t, x.name, x.dtype, x.shape[-1], call), x.dtype, x.shape)
 
 
-def _rotate(t: Translation, name: str, dtype: torch.dtype, size: Any, call: Call, **attributes: int) -> str:
+def _rotate(t: Translation, name: str, dtype: torch.dtype, size: Any, call: Call, **attributes: Any) -> str:
     interleaved = bool(call["interleaved"])
     tables = [t.tensor(call[part], dtype) for part in ("cos", "sin")]
     rotated = tables[0].shape[-1]
