@@ -3,7 +3,7 @@
 A kernel that starts early (programmatic dependent launch, CUDA programming guide) is set up while the one
 before it still runs. Every program of it calls `wait_for_earlier` before it reads or writes anything; so a
 kernel has ended only after all that were launched before it have, and any kernel may follow. What may be
-done before the wait is `prefetch_rows`: it moves bytes into the L2 cache and cannot read anything stale.
+done before the wait is `prefetch`: it moves lines into the L2 cache and cannot read anything stale.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import triton.language as tl
 from triton.language.extra import cuda
 from triton.runtime.interpreter import InterpretedFunction
 
-# QCOMPILER_PDL=0 in the environment, or `allow_early_starts(False)`: kernels start one after the other.
-_early_starts = os.environ.get("QCOMPILER_PDL", "1") != "0"
+# How kernels start: in turn, early, or early and with their first weights on the way. QCOMPILER_PDL in the
+# environment (0, 1, 2) or `allow_early_starts` choose another than the last.
+IN_TURN, EARLY, EARLY_WITH_WEIGHTS = range(3)
+_LEVELS = {"0": IN_TURN, "1": EARLY, "2": EARLY_WITH_WEIGHTS}
+_level = _LEVELS.get(os.environ.get("QCOMPILER_PDL", ""), EARLY_WITH_WEIGHTS)
 
 
 @triton.jit
@@ -29,40 +32,34 @@ def wait_for_earlier(PDL: tl.constexpr):
 
     In this order, what the next kernel does before its own wait comes after everything but this kernel.
     """
-    if PDL:
+    if PDL > 0:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def prefetch_rows(rows, nbytes):
-    """Bring into the L2 cache what the pointers `rows` [n] point to; compiled for sm_90 and later only.
-
-    nbytes: Of each row, int32, a multiple of 16; rows that begin between multiples of 16 end so much earlier.
-    """
-    # One instruction per row, by as many threads as there are rows; the others hold copies.
-    count = tl.full(rows.shape, rows.shape[0], tl.int32)
-    size = tl.zeros(rows.shape, tl.int32) + nbytes
+def prefetch(pointers):
+    """Bring the 32 bytes around each pointer into the L2 cache; for kernels compiled for a GPU."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [rows.to(tl.int64) & -16, size, count],
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
 
 
-def allow_early_starts(allowed: bool) -> None:
-    """Let kernels start early where the device can (the default), or not."""
-    global _early_starts
-    _early_starts = allowed
+def allow_early_starts(level: int) -> int:
+    """Choose how kernels start on devices that can start them early; gives what was chosen before."""
+    global _level
+    before, _level = _level, level
+    return before
 
 
 def starts_early(device: torch.device) -> bool:
     """Whether kernels on `device` start early: allowed, compiled, on Hopper or later."""
-    return _early_starts and _can_start_early(device)
+    return _level > IN_TURN and _can_start_early(device)
 
 
 @functools.cache
@@ -74,7 +71,7 @@ def _can_start_early(device: torch.device) -> bool:
 def early_start(device: torch.device) -> dict[str, Any]:
     """What a launch of a kernel that calls `wait_for_earlier(PDL)` is given besides its own arguments."""
     # Only where it is used: other backends do not know the option.
-    return {"PDL": True, "launch_pdl": True} if starts_early(device) else {"PDL": False}
+    return {"PDL": _level, "launch_pdl": True} if starts_early(device) else {"PDL": IN_TURN}
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

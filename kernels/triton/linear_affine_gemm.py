@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.activation import activated
-from qcompiler.kernels.triton.launch import prefetch_rows, wait_for_earlier
+from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import (
     bytes_at,
     plane_bits,
@@ -66,7 +66,6 @@ def linear_affine_gemm(
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -75,8 +74,8 @@ def linear_affine_gemm(
     x [M, K] rows x_stride apart; sides [N, side_stride]; out [M, N] in x's dtype, or float32 partial sums
     [SPLIT, M, N] when SPLIT > 1. GROUP is the group size or 0; WIDTH the format's block width. WIDE: one
     plane at a time. ACTIVATION: None or that of the first half of the rows, by which the second half is
-    multiplied; out is then [M, N/2], SPLIT 1 and BN at least 16. AHEAD: bytes of a row that are fetched
-    before earlier kernels have ended.
+    multiplied; out is then [M, N/2], SPLIT 1 and BN at least 16. PDL: see `launch.py`; the weights fetched
+    soon are those of the first two steps.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     TILE: tl.constexpr = PLANES * WIDTH
@@ -111,9 +110,9 @@ def linear_affine_gemm(
 
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
-    if PDL and AHEAD:
-        ahead = tl.minimum((last - first) * 2 * WIDTH, AHEAD)
-        prefetch_rows(low + row * words + first * (WIDTH // 2), ahead)
+    if PDL == 2:
+        sector = first * (WIDTH // 2) + tl.arange(0, WIDTH // 8) * 8
+        prefetch(low + word_rows + tl.minimum(sector, words - 1)[None, :])
     wait_for_earlier(PDL)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.activation import activated
-from qcompiler.kernels.triton.launch import prefetch_rows, wait_for_earlier
+from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import plane_bits, quad_bytes, spread_high
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -113,7 +113,6 @@ def linear_affine_quads(
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr,
     COMPILED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -123,7 +122,7 @@ def linear_affine_quads(
     of them per block. BW words of a row at a time. EVEN: BW divides the words of every split, and no code is
     padding. out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1.
     ACTIVATION: None or that of the first half of the rows, by which the second half is multiplied; out is
-    then [M, N/2] and SPLIT 1. AHEAD: bytes of a row that are fetched before earlier kernels have ended.
+    then [M, N/2] and SPLIT 1. PDL: see `launch.py`; the weights fetched soon are those of the first step.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
@@ -138,12 +137,11 @@ def linear_affine_quads(
     OWN: tl.constexpr = BN // 2 if ACTIVATION is not None else BN
     channels = N // 2 if ACTIVATION is not None else N
     first_row = tl.program_id(0) * OWN
-    if PDL and AHEAD:
-        number = tl.arange(0, BN)
+    if PDL == 2:
+        number = tl.arange(0, BN)[:, None]
         soon = tl.minimum(first_row + number % OWN, channels - 1) + number // OWN * channels
-        ahead = tl.minimum(words_per_split, words - split * words_per_split) * 4
-        soon_at = low + soon.to(tl.int64) * words + split * words_per_split
-        prefetch_rows(soon_at, tl.minimum(ahead, AHEAD))
+        sector = tl.minimum(split * words_per_split + tl.arange(0, BW // 8)[None, :] * 8, words - 1)
+        prefetch(low + soon.to(tl.int64) * words + sector)
     wait_for_earlier(PDL)
     sums = ()
     for _ in tl.static_range(BM * BN):

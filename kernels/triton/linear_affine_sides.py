@@ -32,8 +32,8 @@ from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_b
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
-# Bytes of a row that a program fetches into the L2 cache while earlier kernels still run.
-_AHEAD = 2048
+# Whether the activation of a gated linear is computed inside of "quads" and "gemm", or by a kernel of its own.
+ACTIVATION_INSIDE = True
 
 
 def linear_affine_sides_triton(
@@ -106,13 +106,14 @@ def _launch(
         config = LinearConfig("gemm", 64, 16, config.split_k)
     if kind in ("gemm", "wide") and width < 16:
         kind = "dense"  # narrower than a dot
+    inside = activation if ACTIVATION_INSIDE else None
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     elif pairs is not None:
-        y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config, activation)
+        y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config, inside)
     elif kind == "gemm":
-        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, activation)
+        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, inside)
     else:
         y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, None, wide=True)
     if activation is not None and y.shape[1] != columns:
@@ -173,7 +174,6 @@ def _quads(
         HALF=_half(x.dtype),
         STAGES=config.num_stages,
         ACTIVATION=activation if split == 1 else None,
-        AHEAD=_AHEAD,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
         **early_start(x.device),
@@ -228,7 +228,6 @@ def _gemm(
         HAS_BIAS=bias is not None and split == 1,
         HALF=_half(x.dtype),
         ACTIVATION=activation if split == 1 else None,
-        AHEAD=_AHEAD,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -12,7 +12,7 @@ from qcompiler.kernels.triton.launch import (
     early_start,
     next_power_of_2,
     on_device,
-    prefetch_rows,
+    prefetch,
     wait_for_earlier,
 )
 
@@ -22,11 +22,11 @@ _MAX_COLUMNS = 65536
 
 
 @triton.jit
-def _fetch_soon(weight, COLUMNS: tl.constexpr):
+def _fetch_soon(weight, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """The weight into the L2 cache, which what other layers read has driven it out of."""
-    BYTES: tl.constexpr = COLUMNS * weight.dtype.element_ty.primitive_bitwidth // 128 * 16
-    if BYTES > 0:
-        prefetch_rows(weight + tl.arange(0, 1), BYTES)
+    SECTOR: tl.constexpr = 256 // weight.dtype.element_ty.primitive_bitwidth
+    if BLOCK >= SECTOR:
+        prefetch(weight + tl.minimum(tl.arange(0, BLOCK // SECTOR) * SECTOR, COLUMNS - 1))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,8 +59,8 @@ def rms_norm_kernel(
     mask = (row < rows) & (column < COLUMNS)
     x_at = row // x_inner * x_outer_stride + row % x_inner * x_inner_stride + column
     out_at = row * COLUMNS + column
-    if PDL and WEIGHT:
-        _fetch_soon(weight_ptr, COLUMNS)
+    if PDL == 2 and WEIGHT:
+        _fetch_soon(weight_ptr, COLUMNS, BLOCK)
     wait_for_earlier(PDL)
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
@@ -105,8 +105,8 @@ def layer_norm_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
     x_at = row // x_inner * x_outer_stride + row % x_inner * x_inner_stride + column
-    if PDL and WEIGHT:
-        _fetch_soon(weight_ptr, COLUMNS)
+    if PDL == 2 and WEIGHT:
+        _fetch_soon(weight_ptr, COLUMNS, BLOCK)
     wait_for_earlier(PDL)
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1)[:, None] / COLUMNS

@@ -15,10 +15,18 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
 from qcompiler.kernels.ops.rotary_kv_append import check_rotary_append
-from qcompiler.kernels.triton.kv_append_quantized import append_rows, channels_of, store_rows
+from qcompiler.kernels.triton.kv_append import kv_append
+from qcompiler.kernels.triton.kv_append_quantized import (
+    append_rows,
+    channels_of,
+    kv_append_quantized,
+    store_rows,
+)
 from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
-from qcompiler.kernels.triton.rotary import rotate_heads
+from qcompiler.kernels.triton.rotary import rotary, rotate_heads
 
+# Whether one kernel does it all, or those of the ops that it stands for do it in turn.
+ONE_LAUNCH = True
 _TILE = 1024  # channels of one program, where a head is not longer
 
 
@@ -235,6 +243,10 @@ def rotary_kv_append(
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
+    if not ONE_LAUNCH:
+        q, k = _rotate(q, k, cos, sin, interleaved)
+        kv_append(k, v, k_pages, v_pages, slots)
+        return q
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     grid, shape = _blocks(q, k, v, cos, interleaved)
     with on_device(q):
@@ -268,6 +280,10 @@ def rotary_kv_append_quantized(
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
+    if not ONE_LAUNCH:
+        q, k = _rotate(q, k, cos, sin, interleaved)
+        kv_append_quantized(k, v, k_pages, v_pages, k_scales, v_scales, slots, format)
+        return q
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     chosen = kv_format(format)
     wk, wv = k_pages.shape[3], v_pages.shape[3]
@@ -283,6 +299,14 @@ def rotary_kv_append_quantized(
             PAGE_SIZE=k_pages.shape[1], **shape, num_warps=4, **early_start(q.device),
         )  # fmt: skip
     return out
+
+
+def _rotate(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q (contiguous) and k rotated by a kernel each."""
+    turn = (cos.unsqueeze(1), sin.unsqueeze(1), interleaved)
+    return rotary(q, *turn).contiguous(), rotary(k, *turn)
 
 
 def _blocks(

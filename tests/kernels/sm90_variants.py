@@ -111,7 +111,7 @@ def quantized_variants():
             "FORMAT": fmt, "PLANES": chosen.planes, "HEADS": 8, "BLOCK_H": 8, "D": dim, "DV": dim,
             "WK": words, "WV": words, "BLOCK_WK": attention.next_power_of_2(words),
             "BLOCK_WV": attention.next_power_of_2(words), "LEAST": smallest_scale(fmt),
-            "PAGE_SIZE": page_size, "PDL": True,
+            "PAGE_SIZE": page_size, "PDL": 2,
         }  # fmt: skip
         yield "kv_append_quantized", kv_append_quantized.kv_append_quantized_kernel, element, 4, 2, append
         rotating = append | {
@@ -128,7 +128,7 @@ def attention_constants(kernel, dim, element, tile, group, options):
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": attention.padded(dim), "BLOCK_DV": attention.padded(dim),
         "GROUP": group, "TILE_HEADS": tile_heads, "TILE_TOKENS": tile.block_m // tile_heads, "KV_HEADS": 8,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLIT": True, "PDL": True,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLIT": True, "PDL": 2,
         "CAUSAL": True, "WINDOW": 0, "CHUNK": 0, "SOFTCAP": False, "SINKS": False, "PAGED": True,
         "PAGE_SIZE": 16, "PRECISION": "ieee" if element == "fp32" else "tf32",
     } | options  # fmt: skip
@@ -170,7 +170,7 @@ def attention_variants():
             tile.num_stages,
             attention_constants(decode_kernel, dim, element, tile, 4, options),
         )
-    combine = {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS_P2": 64, "PDL": True}
+    combine = {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS_P2": 64, "PDL": 2}
     yield "combine", combine_kernel, "bf16", 4, 2, combine
 
 
@@ -183,20 +183,20 @@ def other_variants():
             "BLOCK": block,
             "x_inner": 1,
             "WEIGHT": True,
-            "PDL": True,
+            "PDL": 2,
         }
         rms = shape | {"residual_inner": 1, "CAST_FIRST": True, "ADD": True}
         yield "rms_norm", norms.rms_norm_kernel, "bf16", warps, 2, rms
         yield "layer_norm", norms.layer_norm_kernel, "bf16", warps, 2, shape | {"BIAS": True}
     for name in ("silu", "gelu"):
-        gated = {"gate_inner": 1, "up_inner": 1, "BLOCK": 1024, "ACTIVATION": name, "PDL": True}
+        gated = {"gate_inner": 1, "up_inner": 1, "BLOCK": 1024, "ACTIVATION": name, "PDL": 2}
         yield name, activation.gated_kernel, "bf16", 4, 2, gated
-    append = {"HEADS": 8, "D": 128, "DV": 128, "PAGE_SIZE": 16, "BLOCK": 1024, "PDL": True}
+    append = {"HEADS": 8, "D": 128, "DV": 128, "PAGE_SIZE": 16, "BLOCK": 1024, "PDL": 2}
     yield "kv_append", kv_append.kv_append_kernel, "bf16", 4, 2, append
     for interleaved in (False, True):
         rotation = {
             "HEADS": 32, "ROTATED": 64, "D": 128, "BLOCK_HEADS": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64,
-            "INTERLEAVED": interleaved, "PDL": True,
+            "INTERLEAVED": interleaved, "PDL": 2,
         }  # fmt: skip
         yield "rotary", rotary.rotary_kernel, "bf16", 4, 2, rotation
         appended = rotation | {"KV_HEADS": 8, "DV": 128, "BLOCK_HEADS": 8, "BLOCK_DV": 128, "PAGE_SIZE": 16}

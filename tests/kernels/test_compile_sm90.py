@@ -68,7 +68,7 @@ def linear(
         constants |= {"WIDE": kind == "wide", "EVEN_K": width_of % 256 == 0}
         kernel = "linear_affine_gemm:linear_affine_gemm"
     if kind != "gemv":
-        constants |= {"ACTIVATION": activation, "AHEAD": 2048, "PDL": True}
+        constants |= {"ACTIVATION": activation, "PDL": 2}
     kept = {name: type_ for name, type_ in types.items() if name not in constants}
     return offline.Variant(f"qcompiler.kernels.triton.{kernel}", kept, constants, warps, stages)
 
@@ -163,12 +163,12 @@ OTHERS = {
     "sum of parts": offline.Variant(
         "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
         {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
-        {"SPLIT": 4, "HAS_BIAS": True, "BLOCK": 512, "ACTIVATION": None, "PDL": True},
+        {"SPLIT": 4, "HAS_BIAS": True, "BLOCK": 512, "ACTIVATION": None, "PDL": 2},
     ),
     "gated sum of parts": offline.Variant(
         "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
         {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
-        {"SPLIT": 2, "HAS_BIAS": False, "BLOCK": 512, "ACTIVATION": "silu", "PDL": True},
+        {"SPLIT": 2, "HAS_BIAS": False, "BLOCK": 512, "ACTIVATION": "silu", "PDL": 2},
     ),
     "quads gated": linear("quads", 4, 64, "bf16", 4, 1, 1, 1, activation="silu"),
     "gemm gated": linear("gemm", 4, 64, "bf16", 64, 16, activation="silu"),

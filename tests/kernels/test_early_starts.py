@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
 from qcompiler.kernels.formats.kv_cache import kv_format
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
-from qcompiler.kernels.triton.launch import allow_early_starts
+from qcompiler.kernels.triton.launch import EARLY, EARLY_WITH_WEIGHTS, IN_TURN, allow_early_starts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,20 +105,28 @@ def one_after_the_other():
     """Runs a step without early starts."""
 
     def call(chain):
-        allow_early_starts(False)
+        before = allow_early_starts(IN_TURN)
         try:
             chain.reset()
             return [t.clone() for t in (*chain.step(False), *chain.pages)]
         finally:
-            allow_early_starts(True)
+            allow_early_starts(before)
 
     return call
+
+
+@pytest.fixture(params=[EARLY, EARLY_WITH_WEIGHTS], ids=["early", "early with weights"])
+def level(request):
+    """How kernels start in a test."""
+    before = allow_early_starts(request.param)
+    yield request.param
+    allow_early_starts(before)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cache", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("batch", [1, 10])
-def test_a_decode_step_is_the_same_bit_for_bit(one_after_the_other, batch, cache, fused):
+def test_a_decode_step_is_the_same_bit_for_bit(one_after_the_other, level, batch, cache, fused):
     chain = Chain(batch, cache, fused)
     wanted = one_after_the_other(chain)
     assert wanted[0].isfinite().all()
@@ -139,7 +147,7 @@ def test_a_decode_step_is_the_same_bit_for_bit(one_after_the_other, batch, cache
             tensor.fill_(torch.nan)
 
 
-def test_a_weight_that_was_written_just_before_is_read_as_written(one_after_the_other):
+def test_a_weight_that_was_written_just_before_is_read_as_written(one_after_the_other, level):
     """What is fetched before the wait goes to the cache; a kernel reads what stands there after it."""
     chain = Chain(1, "plain", True)
     wanted = one_after_the_other(chain)

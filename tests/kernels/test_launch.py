@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.kernels.triton.launch import (
+    EARLY,
+    EARLY_WITH_WEIGHTS,
+    IN_TURN,
     allow_early_starts,
     as_rows,
     early_start,
@@ -61,17 +64,17 @@ def test_next_power_of_2(n, power):
 
 def test_kernels_start_early_only_where_a_device_can():
     assert not starts_early(torch.device("cpu"))
-    assert early_start(torch.device("cpu")) == {"PDL": False}
+    assert early_start(torch.device("cpu")) == {"PDL": IN_TURN}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_early_starts_can_be_turned_off():
+@pytest.mark.parametrize("level", [IN_TURN, EARLY, EARLY_WITH_WEIGHTS])
+def test_how_kernels_start_can_be_chosen(level):
     device = torch.device("cuda")
-    able = torch.cuda.get_device_capability() >= (9, 0)
-    assert early_start(device) == ({"PDL": True, "launch_pdl": True} if able else {"PDL": False})
-    allow_early_starts(False)
+    early = level > IN_TURN and torch.cuda.get_device_capability() >= (9, 0)
+    before = allow_early_starts(level)
     try:
-        assert early_start(device) == {"PDL": False}
+        assert early_start(device) == ({"PDL": level, "launch_pdl": True} if early else {"PDL": IN_TURN})
     finally:
-        allow_early_starts(True)
+        assert allow_early_starts(before) == level

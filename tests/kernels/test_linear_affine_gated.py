@@ -13,6 +13,7 @@ from test_linear_affine_triton import assert_close, problem
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.ops.linear_affine_gated import ACTIVATIONS, activate_halves
 from qcompiler.kernels.providers import select_provider
+from qcompiler.kernels.triton import linear_affine_sides as sides_launcher
 from qcompiler.kernels.triton.linear_affine import linear_affine_triton
 from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
@@ -57,6 +58,19 @@ def test_other_widths(mode, bits, config):
     arguments, _, _ = prepared(bits, 32, 14, 128, 1, torch.float16)
     gated = linear_affine_sides_triton(*arguments, config=config, activation="silu")
     own(gated, linear_affine_sides_triton(*arguments, config=config), "silu")
+
+
+@on_modes
+@pytest.mark.parametrize("config", [QUADS, GEMM, SPLIT_GEMM], ids=lambda c: f"{c.kind}-{c.split_k}")
+def test_the_activation_may_have_a_kernel_of_its_own(mode, config, monkeypatch):
+    arguments, _, _ = prepared(4, 64, 10, 512, 1, torch.float16)
+    inside = linear_affine_sides_triton(*arguments, config=config, activation="silu")
+    monkeypatch.setattr(sides_launcher, "ACTIVATION_INSIDE", False)
+    outside = linear_affine_sides_triton(*arguments, config=config, activation="silu")
+    assert torch.equal(
+        outside, _ops.silu_mul(*linear_affine_sides_triton(*arguments, config=config).chunk(2, -1))
+    )
+    assert_close(inside, outside, outside.float().abs() + 1e-3)
 
 
 @on_modes

@@ -108,11 +108,18 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         _ops.rotary_kv_append(q, k, v, cos, sin, *plain_pages(24, 10), slots, False)
 
 
+one_launch_or_three = pytest.mark.parametrize("one", [True, False], ids=["one launch", "three"])
+
+
 @on_triton
+@one_launch_or_three
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "rotated", "channels"), WIDTHS)
-def test_kernel_agrees(dim, rotated, channels, interleaved, target):
-    from qcompiler.kernels.triton.rotary_kv_append import rotary_kv_append
+def test_kernel_agrees(dim, rotated, channels, interleaved, one, target, monkeypatch):
+    from qcompiler.kernels.triton import rotary_kv_append as launcher
+
+    monkeypatch.setattr(launcher, "ONE_LAUNCH", one)
+    rotary_kv_append = launcher.rotary_kv_append
 
     device, dtype = target
     arguments = to_target(target, *case(dim, rotated, channels))
@@ -128,12 +135,18 @@ def test_kernel_agrees(dim, rotated, channels, interleaved, target):
 
 
 @on_triton
+@one_launch_or_three
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("name", KV_FORMATS)
 @pytest.mark.parametrize(("dim", "rotated", "channels"), [(24, 24, 10), (80, 32, 16)])
-def test_kernel_writes_the_codes_of_what_it_rotates(name, dim, rotated, channels, interleaved, target):
+def test_kernel_writes_the_codes_of_what_it_rotates(
+    name, dim, rotated, channels, interleaved, one, target, monkeypatch
+):
     """Held against codes of keys rotated in float32 and rounded, as the kernel does."""
-    from qcompiler.kernels.triton.rotary_kv_append import rotary_kv_append_quantized
+    from qcompiler.kernels.triton import rotary_kv_append as launcher
+
+    monkeypatch.setattr(launcher, "ONE_LAUNCH", one)
+    rotary_kv_append_quantized = launcher.rotary_kv_append_quantized
 
     device, _ = target
     q, k, v, cos, sin, slots = to_target(target, *case(dim, rotated, channels))
