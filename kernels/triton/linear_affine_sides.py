@@ -32,7 +32,7 @@ from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_b
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
-# Whether the activation of a gated linear is computed inside of "quads" and "gemm", or by a kernel of its own.
+# Whether the activation of a gated linear is computed inside of "quads" and "gemm", or by its own kernel.
 ACTIVATION_INSIDE = True
 
 
