@@ -21,6 +21,7 @@ from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, Lut4Spec
 from qcompiler.kernels.library import registered_ops
+from qcompiler.kernels.ops.linear_affine_gated import gated_op
 from qcompiler.kernels.ops.linear_affine_sides import LINEAR_AFFINE_SIDES, pack_sides
 
 Tensors = dict[str, torch.Tensor]
@@ -321,8 +322,63 @@ class AffineSides(Provider):
         return kept, dict(attrs)
 
 
+class _Gated(Provider):
+    """`linear_affine_gated` as a provider of `linear_affine` runs it."""
+
+    op_name = "linear_affine_gated"
+    plain: type[Provider]
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, lean: bool = False):
+        super().__init__(device, dtype, lean)
+        self._linear = self.plain(device, dtype, lean)
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """The gated form of the other provider's op."""
+        return gated_op(self._linear.op)
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """What the other provider does."""
+        return self._linear.supports(attrs, tensors)
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """As the other provider does, the activation besides."""
+        kept, settings = self._linear.prepare(tensors, attrs)
+        return kept, {**settings, "activation": attrs["activation"]}
+
+
+class GatedSides(_Gated):
+    """See `AffineSides`."""
+
+    name, plain = AffineSides.name, AffineSides
+
+
+class GatedCpuInt4(_Gated):
+    """See `AffineCpuInt4`."""
+
+    name, plain = AffineCpuInt4.name, AffineCpuInt4
+
+
+class GatedCpuInt8(_Gated):
+    """See `AffineCpuInt8`."""
+
+    name, plain = AffineCpuInt8.name, AffineCpuInt8
+
+
+class GatedCpuDense(_Gated):
+    """See `AffineCpuDense`."""
+
+    name, plain = AffineCpuDense.name, AffineCpuDense
+
+
 _PROVIDERS: tuple[type[Provider], ...] = (
     AffineSides,
+    GatedSides,
+    GatedCpuInt4,
+    GatedCpuInt8,
+    GatedCpuDense,
     AffineCpuInt4,
     AffineCpuInt8,
     AffineCpuDense,

@@ -16,9 +16,11 @@ from qcompiler.passes.common_subexpressions import MergeCommonSubexpressions
 from qcompiler.passes.functionalize import Functionalize
 from qcompiler.passes.fuse_add_norm import FuseAddNorm
 from qcompiler.passes.fuse_gated_activation import FuseGatedActivation
+from qcompiler.passes.fuse_gated_linears import FuseGatedLinears
 from qcompiler.passes.fuse_layer_norm import FuseLayerNorm
 from qcompiler.passes.fuse_rms_norm import FuseRMSNorm
 from qcompiler.passes.fuse_rotary import FuseRotary
+from qcompiler.passes.fuse_rotary_append import FuseRotaryAppend
 from qcompiler.passes.fuse_sibling_linears import FuseSiblingLinears
 from qcompiler.passes.gather_logits_rows import GatherLogitsRows
 from qcompiler.passes.graph_text import graph_text
@@ -49,9 +51,11 @@ __all__ = [
     "Functionalize",
     "FuseAddNorm",
     "FuseGatedActivation",
+    "FuseGatedLinears",
     "FuseLayerNorm",
     "FuseRMSNorm",
     "FuseRotary",
+    "FuseRotaryAppend",
     "FuseSiblingLinears",
     "GatherLogitsRows",
     "InlineSubgraphs",
@@ -105,7 +109,11 @@ def canonical_passes() -> list[Pass]:
 
 
 def lowering_passes(
-    kind: str = "decoder", *, kv_dtype: torch.dtype | None = None, kv_format: str | None = None
+    kind: str = "decoder",
+    *,
+    kv_dtype: torch.dtype | None = None,
+    kv_format: str | None = None,
+    fuse: bool = True,
 ) -> list[Pass]:
     """From canonical (and quantized) ops to the graph that the runtime executes, in order.
 
@@ -113,8 +121,14 @@ def lowering_passes(
         kind: "decoder" (paged KV cache, logits of chosen rows) or "encoder" (ragged, every row).
         kv_dtype: Element type of the cache's pages; that of k and v if None.
         kv_format: Format of a quantized cache; it changes numerics.
+        fuse: Join ops into fewer launches.
     """
-    fusions: list[Pass] = [FuseSiblingLinears(), FuseAddNorm()]
+    side_by_side: list[Pass] = [FuseSiblingLinears(), FuseAddNorm()] if fuse else []
     if kind == "encoder":
-        return [*fusions, InsertRagged()]
-    return [*fusions, GatherLogitsRows(), InsertPagedKVCache(kv_dtype=kv_dtype, kv_format=kv_format)]
+        return [*side_by_side, InsertRagged(), *([FuseGatedLinears()] if fuse else [])]
+    return [
+        *side_by_side,
+        GatherLogitsRows(),
+        InsertPagedKVCache(kv_dtype=kv_dtype, kv_format=kv_format),
+        *([FuseRotaryAppend(), FuseGatedLinears()] if fuse else []),
+    ]

@@ -19,7 +19,7 @@ from qcompiler.passes.graph_utils import drop_unused_attributes
 
 # Version (major, minor) of what `qcompiler.passes` exports: the major one is raised when a name goes or a
 # meaning changes, the minor one when something is added.
-API_VERSION = (1, 0)
+API_VERSION = (1, 1)
 
 
 class Skip(NamedTuple):
@@ -40,6 +40,8 @@ class PassResult:
         seconds: Wall time, clean-up and lint included.
         nodes_before: Nodes in the graph before the run.
         nodes_after: Nodes in the graph after it.
+        launches_saved: Kernels that a run of the graph no longer launches, where a pass knows.
+        bytes_saved: Of activations, per token and run, that are no longer written and read back.
     """
 
     name: str
@@ -48,6 +50,8 @@ class PassResult:
     seconds: float = 0.0
     nodes_before: int = 0
     nodes_after: int = 0
+    launches_saved: int = 0
+    bytes_saved: int = 0
 
     def skip(self, node: Node | str, reason: str) -> None:
         """Note why `node` was left as it is."""

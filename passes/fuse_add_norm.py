@@ -41,6 +41,7 @@ class FuseAddNorm(Pass):
             reason = _rewrite(gm, node, total)
             if reason is None:
                 result.matched += 1
+                result.launches_saved += 1
             else:
                 result.skip(node, reason)
 

@@ -40,6 +40,7 @@ class FuseGatedActivation(Pass):
             reason = _rewrite(gm, node, products[0])
             if reason is None:
                 result.matched += 1
+                result.launches_saved += 1
             else:
                 result.skip(node, reason)
 

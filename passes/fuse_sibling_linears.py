@@ -67,6 +67,7 @@ class FuseSiblingLinears(Pass):
             if len(members) > 1:
                 changed += _merge(gm, members)
                 result.matched += 1
+                result.launches_saved += len(members) - 1
             elif len(siblings) > 1 and all(
                 s.kind != members[0].kind for s in siblings if s is not members[0]
             ):

@@ -27,6 +27,9 @@ def graph_text(gm: GraphModule, result: PassResult | None = None) -> str:
             f"# {result.name}: {result.matched} matched, {result.nodes_before} → {result.nodes_after} nodes, "
             f"{result.seconds:.3f} s"
         )
+        if result.launches_saved:
+            saved = f" and {result.bytes_saved} bytes of activations a token" if result.bytes_saved else ""
+            lines.append(f"# saves {result.launches_saved} launches{saved}")
         lines += [f"# skipped {node}: {reason}" for node, reason in result.skipped]
     module = ""
     for node in gm.graph.nodes:

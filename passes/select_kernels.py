@@ -29,10 +29,11 @@ from qcompiler.passes.graph_utils import (
 from qcompiler.passes.weights import weight_of
 
 _ops = torch.ops.qcompiler
+_SELECTED = (_ops.linear_affine.default, _ops.linear_affine_gated.default, _ops.linear_body_tail.default)
 
 
 class SelectKernels(Pass):
-    """`linear_affine` and `linear_body_tail` → the op of the provider that is best for a device.
+    """`linear_affine`, gated or not, and `linear_body_tail` → the op of the best provider for a device.
 
     Args:
         device: Where the graph will run.
@@ -50,7 +51,7 @@ class SelectKernels(Pass):
     def apply(self, gm: GraphModule, result: PassResult) -> None:
         """See the class."""
         for node in list(gm.graph.nodes):
-            if not calls(node, _ops.linear_affine.default, _ops.linear_body_tail.default):
+            if not calls(node, *_SELECTED):
                 continue
             reason = self._select(gm, node)
             if reason is None:
@@ -65,7 +66,7 @@ class SelectKernels(Pass):
         x = given.pop("x")
         nodes = {name: item for name, item in given.items() if isinstance(item, fx.Node)}
         attributes: dict[str, Any] = {
-            name: item for name, item in given.items() if isinstance(item, (int, float))
+            name: item for name, item in given.items() if isinstance(item, (int, float, str))
         }
         if not all(map(is_parameter, nodes.values())):
             return "its weight is computed, not a parameter"

@@ -47,6 +47,7 @@ class CompileOptions:
         max_kl: Fail when the mean KL divergence (nats per token) exceeds this.
         overwrite: Replace an existing artifact, or start an unfinished one anew.
         resume: Continue an unfinished compilation of the same configuration.
+        fuse: Join ops of the lowered graph into fewer launches (`passes.lowering_passes`).
         dump_graphs: Folder for before/after listings of every pass.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         revision: Hub revision, when `model` is a hub id.
@@ -80,6 +81,7 @@ class CompileOptions:
     max_kl: float | None = None
     overwrite: bool = False
     resume: bool = False
+    fuse: bool = True
     dump_graphs: Path | None = None
     trust_remote_code: bool = False
     revision: str | None = None

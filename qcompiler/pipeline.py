@@ -196,7 +196,7 @@ def emit(
     graph = copy.deepcopy(plan.quantized_graph)
     dump = plan.options.dump_graphs
     manager = PassManager(
-        lowering_passes(plan.captured.kind, kv_format=plan.options.kv_format),
+        lowering_passes(plan.captured.kind, kv_format=plan.options.kv_format, fuse=plan.options.fuse),
         dump_dir=dump and dump / "3-lowered",
     )
     plan.passes.extend(manager.run(graph))
@@ -277,7 +277,13 @@ def passed(result: PassResult) -> dict[str, Any]:
     reasons: dict[str, int] = {}
     for _, reason in result.skipped:
         reasons[reason] = reasons.get(reason, 0) + 1
-    return {"name": result.name, "matched": result.matched, "skipped": reasons}
+    saved = {"launches": result.launches_saved, "bytes_per_token": result.bytes_saved}
+    return {
+        "name": result.name,
+        "matched": result.matched,
+        "skipped": reasons,
+        **({"saved": saved} if result.launches_saved else {}),
+    }
 
 
 def fingerprint(plan: CompilePlan) -> dict[str, Any]:

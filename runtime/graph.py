@@ -12,8 +12,8 @@ Arguments are JSON values; what JSON lacks is tagged: {"ref": node or input},
 {"float": "inf" | "-inf" | "nan"}. Each op is looked up in `opset` and each
 argument checked against the op's schema; text is never evaluated. A node may
 only refer to nodes before it. Ops that write in place may do so only on values
-that the graph itself made, except that `kv_append` and `kv_append_quantized`
-write the page inputs.
+that the graph itself made, except that `kv_append` and its like write the page
+inputs.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ _MEMORY_FORMATS = {
 _PAGE_WRITES = {
     "qcompiler.kv_append.default": ("k_pages", "v_pages"),
     "qcompiler.kv_append_quantized.default": ("k_pages", "v_pages", "k_scales", "v_scales"),
+    "qcompiler.rotary_kv_append.default": ("k_pages", "v_pages"),
+    "qcompiler.rotary_kv_append_quantized.default": ("k_pages", "v_pages", "k_scales", "v_scales"),
 }
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 

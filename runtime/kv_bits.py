@@ -15,8 +15,9 @@ from qcompiler.kernels.formats.kv_cache import KVFormat, kv_format
 from qcompiler.kernels.kv_bits import kv_format_of_bits
 from qcompiler.runtime.graph import Graph, Input, Node, Ref, bind
 
-_APPEND = "qcompiler.kv_append"
+_APPENDS = ("qcompiler.kv_append", "qcompiler.rotary_kv_append")
 _ATTEND = "qcompiler.paged_attention"
+_PLAIN = tuple(f"{append}.default" for append in _APPENDS)
 
 
 def with_kv_bits(graph: Graph, bits: str | int | None) -> Graph:
@@ -32,7 +33,8 @@ def with_kv_bits(graph: Graph, bits: str | int | None) -> Graph:
     if bits is None:
         return graph
     name = kv_format_of_bits(bits)
-    present = {bind(node)["format"] for node in graph.nodes if node.op == f"{_APPEND}_quantized.default"}
+    quantized = [f"{append}_quantized.default" for append in _APPENDS]
+    present = {bind(node)["format"] for node in graph.nodes if node.op in quantized}
     if present:
         if present != {name}:
             raise InvalidInputError(
@@ -42,7 +44,7 @@ def with_kv_bits(graph: Graph, bits: str | int | None) -> Graph:
         return graph
     if name is None:
         return graph
-    if not any(node.op == f"{_APPEND}.default" for node in graph.nodes):
+    if not any(node.op in _PLAIN for node in graph.nodes):
         raise InvalidInputError(f"kv_bits {bits} was given, but the model has no KV cache")
     return _rewrite(graph, kv_format(name))
 
@@ -67,15 +69,18 @@ def _rewrite(graph: Graph, chosen: KVFormat) -> Graph:
 
 
 def _node(node: Node, declared: dict[str, Input], chosen: KVFormat) -> Node:
-    if node.op not in (f"{_APPEND}.default", f"{_ATTEND}.default"):
+    if node.op not in (*_PLAIN, f"{_ATTEND}.default"):
         return node
     call = bind(node)
     pages = [call.pop("k_pages"), call.pop("v_pages")]
     scales = [Ref(_scales(item.name)) for item in pages]
-    if node.op == f"{_APPEND}.default":
-        k, v, slots = call.values()
-        args = (k, v, *pages, *scales, slots, chosen.name)
-        target = torch.ops.qcompiler.kv_append_quantized.default
+    if node.op in _PLAIN:
+        given = list(call.values())  # slots, and what may stand behind them, come after the pages
+        at = list(call).index("slots")
+        args = (*given[:at], *pages, *scales, *given[at:], chosen.name)
+        rotating = node.op == _PLAIN[1]
+        ops = torch.ops.qcompiler
+        target = ops.rotary_kv_append_quantized.default if rotating else ops.kv_append_quantized.default
     else:
         q, block_table, query_start, seq_lens, max_query_len, *options = call.values()
         channels = declared[pages[1].name].shape[3]

@@ -2,7 +2,7 @@
 
     {"schema": 1, "kind": "decoder", "dtype": "bfloat16",
      "model":    {"model_type", "vocab_size", "max_context", "position_offset", "eos_token_ids"},
-     "ops":      {"aten": 1, "qcompiler": 2, "sym": 1},
+     "ops":      {"aten": 1, "qcompiler": 3, "sym": 1},
      "requires": {"compute_capability": [9, 0], "fallback": true},
      "files":    {name: {"size", "sha256"}},
      "layers":   [{"name", "format", "spec", "out_features", "in_features", "tensors": {part: tensor},

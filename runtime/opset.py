@@ -19,7 +19,7 @@ import torch
 from qcompiler.kernels.errors import ArtifactError
 
 # Version of each op library: raised when an op's meaning changes or a new op is needed.
-OP_LIBRARIES = {"aten": 1, "qcompiler": 2, "sym": 1}
+OP_LIBRARIES = {"aten": 1, "qcompiler": 3, "sym": 1}
 # A format that another package brings is a library of its own: "format:<name>".
 FORMAT_LIBRARY = "format:"
 

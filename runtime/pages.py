@@ -13,7 +13,11 @@ from qcompiler.kernels.formats.kv_cache import kv_format
 from qcompiler.runtime.graph import DTYPE_BY_NAME, Graph, bind
 
 # The ops on a quantized cache, and what the names of page inputs begin with.
-_QUANTIZED_OPS = ("qcompiler.kv_append_quantized.default", "qcompiler.paged_attention_quantized.default")
+_QUANTIZED_OPS = (
+    "qcompiler.kv_append_quantized.default",
+    "qcompiler.rotary_kv_append_quantized.default",
+    "qcompiler.paged_attention_quantized.default",
+)
 PAGE_INPUTS = ("k_pages_", "v_pages_", "k_scales_", "v_scales_")
 
 

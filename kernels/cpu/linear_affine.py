@@ -13,6 +13,7 @@ import torch
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.library import register_op
+from qcompiler.kernels.ops.linear_affine_gated import register_gated
 
 FEW_TOKENS = 4
 
@@ -132,3 +133,5 @@ LINEAR_AFFINE_CPU_DENSE = register_op(
     reference=linear_affine_cpu_dense,
     fake=_dense_fake,
 )
+for _linear in (LINEAR_AFFINE_CPU_INT4, LINEAR_AFFINE_CPU_INT8, LINEAR_AFFINE_CPU_DENSE):
+    register_gated(_linear)

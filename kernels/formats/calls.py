@@ -132,6 +132,7 @@ _LUT4_PARTS = ("codes", "absmax", "nested_absmax", "nested_offset", "part_rows")
 _OPTIONAL = frozenset({"high", "nested_absmax", "nested_offset", "part_rows"})
 _READERS: dict[str, _Reader] = {
     "linear_affine": (_AFFINE_PARTS, _affine("in_features")),
+    "linear_affine_gated": (_AFFINE_PARTS, _affine("in_features")),
     "grouped_linear_affine": (_AFFINE_PARTS, _affine("in_features")),
     "grouped_linear_lut4": (_LUT4_PARTS, _lut4),
     "grouped_linear_int8": (("codes", "scales"), _int8),

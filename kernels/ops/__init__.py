@@ -14,6 +14,7 @@ from qcompiler.kernels.ops import (
     layer_norm,
     linear_additive,
     linear_affine,
+    linear_affine_gated,
     linear_affine_sides,
     linear_body_tail,
     linear_int8,
@@ -24,6 +25,7 @@ from qcompiler.kernels.ops import (
     ragged_attention,
     rms_norm,
     rotary,
+    rotary_kv_append,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "layer_norm",
     "linear_additive",
     "linear_affine",
+    "linear_affine_gated",
     "linear_affine_sides",
     "linear_body_tail",
     "linear_int8",
@@ -50,4 +53,5 @@ __all__ = [
     "ragged_attention",
     "rms_norm",
     "rotary",
+    "rotary_kv_append",
 ]

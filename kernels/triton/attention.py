@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.ops.attention import attend, check_heads
 from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_kernel
 from qcompiler.kernels.triton.attention_prefill import prefill_kernel
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device, sm_count
+from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, sm_count
 
 MIN_DOT = 16  # smallest tile side that `tl.dot` takes
 _MAX_SPLITS = 64
@@ -70,12 +69,6 @@ def decode_splits(programs: int, max_keys: int, block_n: int, sms: int, per_sm: 
     return min(wanted, useful, _MAX_SPLITS)
 
 
-@functools.cache
-def uses_pdl(device: torch.device) -> bool:
-    """Whether a kernel may start before the one it depends on has ended (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def combine_splits(
     partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, query_start: torch.Tensor
 ) -> None:
@@ -89,12 +82,10 @@ def combine_splits(
     """
     sequences, heads, splits, channels = partial.shape
     tokens = out.shape[0]
-    pdl = uses_pdl(out.device)
-    early = {"launch_pdl": True} if pdl else {}
     combine_kernel[(max(sequences, tokens), heads)](
         partial, lse, out, query_start, tokens, sequences, splits, out.stride(0), out.stride(1),
-        HEADS=heads, DV=channels, BLOCK_DV=padded(channels), SPLITS_P2=next_power_of_2(splits), PDL=pdl,
-        num_warps=4, **early,
+        HEADS=heads, DV=channels, BLOCK_DV=padded(channels), SPLITS_P2=next_power_of_2(splits),
+        num_warps=4, **early_start(out.device),
     )  # fmt: skip
 
 
@@ -289,8 +280,8 @@ def _decode(
             GROUP=group, TILE_HEADS=tile_heads, KV_HEADS=kv_heads,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=splits > 1,
             CAUSAL=causal, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            PAGE_SIZE=page_size, PRECISION=_precision(q), PDL=splits > 1 and uses_pdl(q.device),
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            PAGE_SIZE=page_size, PRECISION=_precision(q),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(q.device),
         )  # fmt: skip
         if splits > 1:
             combine_splits(partial, lse, out, query_start)

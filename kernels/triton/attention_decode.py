@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
+from qcompiler.kernels.triton.launch import wait_for_earlier
 
 
 @triton.jit
@@ -89,8 +89,7 @@ def decode_kernel(
 
     partial fp32 [sequences, heads, splits, DV], lse fp32 [sequences, heads, splits] in log2 units.
     """
-    if PDL:
-        cuda.gdc_launch_dependents()
+    wait_for_earlier(PDL)
     split = tl.program_id(0)
     head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     kv_head = tl.program_id(1) // head_tiles
@@ -166,21 +165,16 @@ def combine_kernel(
     SPLITS_P2: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Weighted mean of the splits. Grid: (max(sequences, tokens), heads).
-
-    With PDL it starts while the decode kernel still runs, and waits for it before reading what that wrote.
-    """
+    """Weighted mean of the splits. Grid: (max(sequences, tokens), heads)."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dv = tl.arange(0, BLOCK_DV)
     out = out_ptr + head * stride_out_head + dv
-    # The index is older than the decode kernel, so it need not be waited for.
+    wait_for_earlier(PDL)
     padding = (sequence >= tl.load(query_start_ptr + sequences)) & (sequence < tokens)
     is_sequence = sequence < sequences
     token = tl.load(query_start_ptr + sequence, mask=is_sequence, other=0).to(tl.int64)
     after = tl.load(query_start_ptr + sequence + 1, mask=is_sequence, other=0)
-    if PDL:
-        cuda.gdc_wait()
     if padding:
         zero = tl.zeros([BLOCK_DV], dtype=out_ptr.dtype.element_ty)
         tl.store(out + sequence * stride_out_token, zero, mask=dv < DV)

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from qcompiler.kernels.triton.attention_decode import split_bounds
 from qcompiler.kernels.triton.attention_tiles import LOG2E, softmax_step, tile_pages, tile_rows
 from qcompiler.kernels.triton.kv_codes import load_scales, load_words, low_of, plane, raw_offset, scale_of
+from qcompiler.kernels.triton.launch import wait_for_earlier
 
 
 @triton.jit
@@ -196,8 +196,7 @@ def decode_quantized_kernel(
     PDL: tl.constexpr,
 ):
     """Grid and scratch as in `decode_kernel`; W words of a head's channels, padded to BLOCK_W."""
-    if PDL:
-        cuda.gdc_launch_dependents()
+    wait_for_earlier(PDL)
     split = tl.program_id(0)
     head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     kv_head = tl.program_id(1) // head_tiles

@@ -17,12 +17,11 @@ from qcompiler.kernels.triton.attention import (
     combine_splits,
     decode_splits,
     paged_attention,
-    uses_pdl,
 )
 from qcompiler.kernels.triton.attention_decode_quantized import decode_quantized_kernel
 from qcompiler.kernels.triton.attention_prefill_quantized import prefill_quantized_kernel
 from qcompiler.kernels.triton.kv_dequantize import dequantize_pages
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device, sm_count
+from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, sm_count
 
 COMPILED = not isinstance(decode_quantized_kernel, InterpretedFunction)
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -201,8 +200,7 @@ def _decode(
             GROUP=group, TILE_HEADS=tile_heads, KV_HEADS=kv_heads,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT=splits > 1,
             CAUSAL=causal, WINDOW=window, CHUNK=chunk, SOFTCAP=softcap > 0, SINKS=sinks is not None,
-            PAGE_SIZE=page_size, PDL=splits > 1 and uses_pdl(q.device), COLUMNS=scale_columns(tile),
-            **shape, **_dtypes(q),
+            PAGE_SIZE=page_size, COLUMNS=scale_columns(tile), **shape, **_dtypes(q), **early_start(q.device),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if splits > 1:

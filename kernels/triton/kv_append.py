@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
 
 _MAX_BLOCK = 1024
 
@@ -51,9 +51,11 @@ def kv_append_kernel(
     DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tokens, heads · max(D, DV) / BLOCK)."""
     token = tl.program_id(0).to(tl.int64)
+    wait_for_earlier(PDL)
     slot = tl.load(slots_ptr + token)
     if slot < 0:  # padding
         return
@@ -93,4 +95,5 @@ def kv_append(
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             *k_pages.stride()[:3], *v_pages.stride()[:3],
             HEADS=heads, D=head_dim, DV=channels, PAGE_SIZE=k_pages.shape[1], BLOCK=block, num_warps=4,
+            **early_start(k.device),
         )  # fmt: skip

@@ -9,7 +9,7 @@ import triton.language as tl
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
 from qcompiler.kernels.triton.attention import checked_pages
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
 
 _MAX_BLOCK = 4096  # channels that a program holds
 
@@ -28,7 +28,7 @@ def _e4m3_bits(x):
 
 
 @triton.jit
-def _append(
+def append_rows(
     source,
     words_ptr,
     scales_ptr,
@@ -44,13 +44,42 @@ def _append(
     BLOCK_W: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Rows of the heads [H] of one token, as [H, PLANES, BLOCK_W]."""
+    """Quantize and store rows of the heads [H] of one token, as [H, PLANES, BLOCK_W]."""
+    channel, held = channels_of(live, PLANES, D, W, BLOCK_W)
+    x = tl.load(source + heads[:, None, None] * stride_head + channel, mask=held, other=0.0).to(tl.float32)
+    store_rows(
+        x, held, words_ptr, scales_ptr, heads, stride_words_head, stride_scales_head, live,
+        FORMAT, PLANES, W, BLOCK_W, LEAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def channels_of(live, PLANES: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Channels [1, PLANES, BLOCK_W] as the words hold them, and which exist, [H, PLANES, BLOCK_W]."""
+    e = tl.arange(0, BLOCK_W)[None, None, :]
+    channel = tl.arange(0, PLANES)[None, :, None] * W + e
+    return channel, live[:, None, None] & (e < W) & (channel < D)
+
+
+@triton.jit
+def store_rows(
+    x,
+    held,
+    words_ptr,
+    scales_ptr,
+    heads,
+    stride_words_head,
+    stride_scales_head,
+    live,
+    FORMAT: tl.constexpr,
+    PLANES: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """Quantize and store x float32 [H, PLANES, BLOCK_W], of which the `held` channels exist."""
     BITS: tl.constexpr = 16 // PLANES
     j = tl.arange(0, PLANES)[None, :, None]
-    e = tl.arange(0, BLOCK_W)[None, None, :]
-    channel = j * W + e
-    held = live[:, None, None] & (e < W) & (channel < D)
-    x = tl.load(source + heads[:, None, None] * stride_head + channel, mask=held, other=0.0).to(tl.float32)
     # NaN for a row that holds NaN or infinity, which a maximum would pass over; its scale hands it on.
     poison = tl.sum(tl.sum(x * 0.0, 2), 1)
     if FORMAT == "int4":
@@ -121,8 +150,10 @@ def kv_append_quantized_kernel(
     BLOCK_WV: tl.constexpr,
     LEAST: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (tokens, heads / BLOCK_H)."""
+    wait_for_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     if slot < 0:  # padding
@@ -131,12 +162,12 @@ def kv_append_quantized_kernel(
     offset = slot % PAGE_SIZE
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     live = heads < HEADS
-    _append(
+    append_rows(
         k_ptr + token * stride_k_token, k_pages_ptr + page * stride_kp_page + offset * stride_kp_slot,
         k_scales_ptr + page * stride_ks_page + offset * stride_ks_slot,
         heads, stride_k_head, stride_kp_head, stride_ks_head, live, FORMAT, PLANES, D, WK, BLOCK_WK, LEAST,
     )  # fmt: skip
-    _append(
+    append_rows(
         v_ptr + token * stride_v_token, v_pages_ptr + page * stride_vp_page + offset * stride_vp_slot,
         v_scales_ptr + page * stride_vs_page + offset * stride_vs_slot,
         heads, stride_v_head, stride_vp_head, stride_vs_head, live, FORMAT, PLANES, DV, WV, BLOCK_WV, LEAST,
@@ -173,5 +204,5 @@ def kv_append_quantized(
             *k_pages.stride()[:3], *v_pages.stride()[:3], *k_words.stride()[:3], *v_words.stride()[:3],
             FORMAT=format, PLANES=chosen.planes, HEADS=heads, BLOCK_H=block_h, D=head_dim, DV=v.shape[2],
             WK=wk, WV=wv, BLOCK_WK=block_wk, BLOCK_WV=block_wv, LEAST=smallest_scale(format),
-            PAGE_SIZE=k_pages.shape[1], num_warps=4,
+            PAGE_SIZE=k_pages.shape[1], num_warps=4, **early_start(k.device),
         )  # fmt: skip

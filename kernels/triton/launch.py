@@ -1,11 +1,77 @@
-"""What every launcher needs: the tensor's device as the current one, its size, and row addressing."""
+"""What every launcher needs: the tensor's device as the current one, its size, row addressing, early starts.
+
+A kernel that starts early (programmatic dependent launch, CUDA programming guide) is set up while the one
+before it still runs. Every program of it calls `wait_for_earlier` before it reads or writes anything; so a
+kernel has ended only after all that were launched before it have, and any kernel may follow. What may be
+done before the wait is `prefetch`: it moves lines into the L2 cache and cannot read anything stale.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+from triton.runtime.interpreter import InterpretedFunction
+
+# How kernels start: in turn, early, or early and with their first weights on the way. QCOMPILER_PDL in the
+# environment (0, 1, 2) or `allow_early_starts` choose another than the last.
+IN_TURN, EARLY, EARLY_WITH_WEIGHTS = range(3)
+_LEVELS = {"0": IN_TURN, "1": EARLY, "2": EARLY_WITH_WEIGHTS}
+_level = _LEVELS.get(os.environ.get("QCOMPILER_PDL", ""), EARLY_WITH_WEIGHTS)
+
+
+@triton.jit
+def wait_for_earlier(PDL: tl.constexpr):
+    """Wait until all kernels launched before this one have ended, then let the next one be set up.
+
+    In this order, what the next kernel does before its own wait comes after everything but this kernel.
+    """
+    if PDL > 0:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the 32 bytes around each pointer into the L2 cache; for kernels compiled for a GPU."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def allow_early_starts(level: int) -> int:
+    """Choose how kernels start on devices that can start them early; gives what was chosen before."""
+    global _level
+    before, _level = _level, level
+    return before
+
+
+def starts_early(device: torch.device) -> bool:
+    """Whether kernels on `device` start early: allowed, compiled, on Hopper or later."""
+    return _level > IN_TURN and _can_start_early(device)
+
+
+@functools.cache
+def _can_start_early(device: torch.device) -> bool:
+    compiled = not isinstance(wait_for_earlier, InterpretedFunction)
+    return compiled and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_start(device: torch.device) -> dict[str, Any]:
+    """What a launch of a kernel that calls `wait_for_earlier(PDL)` is given besides its own arguments."""
+    # Only where it is used: other backends do not know the option.
+    return {"PDL": _level, "launch_pdl": True} if starts_early(device) else {"PDL": IN_TURN}
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -19,7 +19,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.linear_affine import check_linear_affine
+from qcompiler.kernels.ops.linear_affine_gated import check_gated
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
+from qcompiler.kernels.triton.activation import gated_activation
 from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_affine_gemv import dequantize_affine_kernel, linear_affine_gemv
 from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
@@ -42,11 +44,34 @@ def linear_affine_triton(
     group_size: int,
     in_features: int,
     config: LinearConfig | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice."""
+    """`linear_affine` (see `ops/linear_affine.py`) by Triton; `config` overrides the table's choice.
+
+    With an `activation` it is `linear_affine_gated`.
+    """
     check_linear_affine(x, low, high, scales, bits, group_size, in_features)
     with on_device(x):
-        return _launch(x, low, high, scales, zeros, bias, bits, group_size, in_features, config)
+        return _launch(x, low, high, scales, zeros, bias, bits, group_size, in_features, config, activation)
+
+
+def linear_affine_gated_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation: str,
+) -> torch.Tensor:
+    """CUDA provider of `qcompiler::linear_affine_gated`."""
+    check_gated(activation, low.shape[0])
+    return linear_affine_triton(
+        x, low, high, scales, zeros, bias, bits, group_size, in_features, activation=activation
+    )
 
 
 def _launch(
@@ -60,14 +85,16 @@ def _launch(
     group_size: int,
     in_features: int,
     config: LinearConfig | None,
+    activation: str | None,
 ) -> torch.Tensor:
     out_features = low.shape[0]
+    columns = out_features if activation is None else out_features // 2
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     tokens = rows.shape[0]
     if tokens == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
+        return x.new_empty((*x.shape[:-1], columns))
     if config is None:
         gpu, sms = device_facts(x.device)
         dtype = str(x.dtype).removeprefix("torch.")
@@ -77,13 +104,17 @@ def _launch(
     prepared = x.dtype != torch.float32 and block_width(bits, group_size, in_features) >= 16
     if prepared and config.kind in ("quads", "gemm", "wide"):
         sides = pack_sides(scales, zeros, bits, group_size, in_features, x.dtype, check=False)
-        y = linear_affine_sides_triton(rows, low, high, sides, bias, bits, group_size, in_features, config)
+        y = linear_affine_sides_triton(
+            rows, low, high, sides, bias, bits, group_size, in_features, config, activation
+        )
     elif config.kind != "dense" and tokens <= _MOST_GEMV_TOKENS:
         y = _gemv(rows, low, high, scales, zeros, bias, bits, group_size, config)
     else:
         weight = dequantize_triton(low, high, scales, zeros, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], out_features)
+    if activation is not None and y.shape[1] != columns:
+        y = gated_activation(y[:, :columns], y[:, columns:], activation)
+    return y.view(*x.shape[:-1], columns)
 
 
 def _gemv(

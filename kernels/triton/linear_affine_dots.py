@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.activation import activated
+from qcompiler.kernels.triton.launch import wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import interleave
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -139,14 +141,18 @@ def linear_affine_dots(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (cdiv(N, BN·PARTS)·cdiv(M, BM), SPLIT); WIDTH ≥ 16; BITS 2, 3, 4 or 6.
 
     x [M, K] rows x_stride apart; low int16 [N, row_words], two of the format's halves of words to each pair
     of codes; high uint8 [N, row_words]; sides [N, side_stride], SIDES of them per tile. out [M, N] in x's
     dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1. A program has PARTS tiles of BN rows: with
-    no more than 16 rows to a warp the compiler loads sides where they are used.
+    no more than 16 rows to a warp the compiler loads sides where they are used. ACTIVATION: None or that of
+    the first half of the rows, by which the second half is multiplied; out is then [M, N/2], SPLIT 1, and
+    half of the PARTS, an even number, are gates. PDL: see `launch.py`.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else 4
     TILE: tl.constexpr = PLANES * WIDTH
@@ -157,7 +163,10 @@ def linear_affine_dots(
     pid = tl.program_id(0)
     split = tl.program_id(1)
     tiles_m = tl.cdiv(M, BM)
-    first_row = (pid // tiles_m) * (BN * PARTS)
+    # Tiles of a program: PARTS neighbours, or OWN of gates and the OWN that go with them.
+    OWN: tl.constexpr = PARTS // 2 if ACTIVATION is not None else PARTS
+    channels = N // 2 if ACTIVATION is not None else N
+    first_row = (pid // tiles_m) * (BN * OWN)
     pid_m = (pid % tiles_m).to(tl.int64)
     rm = (pid_m * BM + tl.arange(0, BM)).to(tl.int32)
     lane = tl.arange(0, WIDTH)
@@ -167,12 +176,14 @@ def linear_affine_dots(
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
     nothing = tl.zeros((BN, BM), dtype=tl.float32)
+    wait_for_earlier(PDL)
     sums = ()
     rows = ()
     ahead = ()
     for part in tl.static_range(PARTS):
         # Rows past the end read the last row and are not stored, so that no load of the weight needs a mask.
-        row = tl.minimum(first_row + part * BN + tl.arange(0, BN), N - 1).to(tl.int64)
+        own = first_row + part % OWN * BN + tl.arange(0, BN)
+        row = (tl.minimum(own, channels - 1) + part // OWN * channels).to(tl.int64)
         sums = sums + (nothing,)  # type: ignore[assignment]
         rows = rows + (row,)  # type: ignore[assignment]
         ahead = ahead + (_load_sides(sides + row * side_stride, first, SIDES, TILE, GROUP),)  # type: ignore[assignment]
@@ -219,11 +230,17 @@ def linear_affine_dots(
                 grown = grown + (sum_,)  # type: ignore[assignment]
             sums = grown
 
-    out += split.to(tl.int64) * M * N + pid_m * BM * N
-    for part in tl.static_range(PARTS):
+    out += split.to(tl.int64) * M * N + pid_m * BM * channels
+    for part in tl.static_range(OWN):
         rn = first_row + part * BN + tl.arange(0, BN)
         y = sums[part]
         if HAS_BIAS:
-            y += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
-        offsets = tl.arange(0, BM).to(tl.int64)[None, :] * N + rn[:, None]
-        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
+            y += tl.load(bias + rn, mask=rn < channels, other=0.0).to(tl.float32)[:, None]
+        if ACTIVATION is not None:
+            times = sums[OWN + part]
+            if HAS_BIAS:
+                times += tl.load(bias + channels + rn, mask=rn < channels, other=0.0).to(tl.float32)[:, None]
+            y = activated(y, times, ACTIVATION, out.dtype.element_ty)
+        offsets = tl.arange(0, BM).to(tl.int64)[None, :] * channels + rn[:, None]
+        mask = (rn[:, None] < channels) & (rm[None, :] < M)
+        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.activation import activated
+from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import (
     bytes_at,
     plane_bits,
@@ -63,13 +65,17 @@ def linear_affine_gemm(
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT); WIDTH ≥ 16.
 
     x [M, K] rows x_stride apart; sides [N, side_stride]; out [M, N] in x's dtype, or float32 partial sums
     [SPLIT, M, N] when SPLIT > 1. GROUP is the group size or 0; WIDTH the format's block width. WIDE: one
-    plane at a time.
+    plane at a time. ACTIVATION: None or that of the first half of the rows, by which the second half is
+    multiplied; out is then [M, N/2], SPLIT 1 and BN at least 16. PDL: see `launch.py`; the weights fetched
+    soon are those of the first two steps.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     TILE: tl.constexpr = PLANES * WIDTH
@@ -83,9 +89,17 @@ def linear_affine_gemm(
     tiles_m = tl.cdiv(M, BM)
     pid_n = (pid // tiles_m).to(tl.int64)
     pid_m = (pid % tiles_m).to(tl.int64)
-    rn = (pid_n * BN + tl.arange(0, BN)).to(tl.int32)
-    rm = (pid_m * BM + tl.arange(0, BM)).to(tl.int32)
+    number = tl.arange(0, BN)
     # Rows past the end read the last row and are not stored, so that no load of the weight needs a mask.
+    if ACTIVATION is not None:
+        # Eight gates and the eight rows that go with them in turn: so a thread of the dot holds both.
+        channels = N // 2
+        rn = (pid_n * (BN // 2) + number // 16 * 8 + number % 8).to(tl.int32)
+        rn = tl.minimum(rn, channels - 1) + number // 8 % 2 * channels
+    else:
+        channels = N
+        rn = (pid_n * BN + number).to(tl.int32)
+    rm = (pid_m * BM + tl.arange(0, BM)).to(tl.int32)
     row = tl.minimum(rn, N - 1).to(tl.int64)
     lane = tl.arange(0, WIDTH)
     x += pid_m * BM * x_stride
@@ -96,6 +110,10 @@ def linear_affine_gemm(
 
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(K, TILE))
+    if PDL == 2:
+        sector = first * (WIDTH // 2) + tl.arange(0, WIDTH // 8) * 8
+        prefetch(low + word_rows + tl.minimum(sector, words - 1)[None, :])
+    wait_for_earlier(PDL)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
 
     if WIDE:
@@ -148,6 +166,12 @@ def linear_affine_gemm(
 
     if HAS_BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
-    out += split.to(tl.int64) * M * N + pid_m * BM * N
-    offsets = tl.arange(0, BM).to(tl.int64)[None, :] * N + rn[:, None]
-    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
+    if ACTIVATION is not None:
+        rn = (pid_n * (BN // 2) + tl.arange(0, BN // 2)).to(tl.int32)
+        halves = tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1))
+        gate, up = tl.split(halves)
+        acc = tl.reshape(activated(gate, up, ACTIVATION, out.dtype.element_ty), (BN // 2, BM))
+    out += split.to(tl.int64) * M * N + pid_m * BM * channels
+    offsets = tl.arange(0, BM).to(tl.int64)[None, :] * channels + rn[:, None]
+    mask = (rn[:, None] < channels) & (rm[None, :] < M)
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)

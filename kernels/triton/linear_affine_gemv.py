@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.activation import activated
+from qcompiler.kernels.triton.launch import wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -172,14 +174,46 @@ def dequantize_affine_kernel(
 
 @triton.jit
 def sum_partials(
-    partials, bias, out, MN, N, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+    partials,
+    bias,
+    out,
+    MN,
+    N,
+    SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias."""
+    """Grid cdiv(MN, BLOCK): out [M, N] = Σ over the SPLIT parts, always in the same order, plus bias.
+
+    ACTIVATION: None, or that of the first half of the columns, by which the second half is multiplied; out is
+    then [M, N/2], the grid cdiv(MN/2, BLOCK).
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < MN
+    wait_for_earlier(PDL)
+    if ACTIVATION is not None:
+        mask = at < MN // 2
+        column = at % (N // 2)
+        first = at // (N // 2) * N + column
+        gate = _sum_parts(partials, bias, first, column, mask, MN, SPLIT, HAS_BIAS, BLOCK)
+        first += N // 2
+        column += N // 2
+        up = _sum_parts(partials, bias, first, column, mask, MN, SPLIT, HAS_BIAS, BLOCK)
+        y = activated(gate, up, ACTIVATION, out.dtype.element_ty)
+    else:
+        mask = at < MN
+        y = _sum_parts(partials, bias, at, at % N, mask, MN, SPLIT, HAS_BIAS, BLOCK)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_parts(
+    partials, bias, at, column, mask, MN, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
     y = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(SPLIT):
         y += tl.load(partials + part * MN + at, mask=mask, other=0.0)
     if HAS_BIAS:
-        y += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+        y += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    return y

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qcompiler.kernels.triton.activation import activated
+from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import plane_bits, quad_bytes, spread_high
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -110,13 +112,17 @@ def linear_affine_quads(
     HAS_BIAS: tl.constexpr,
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     COMPILED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (cdiv(N, BN), SPLIT); M ≤ BM; WIDTH ≥ 8.
 
     x [M, K/2] int32, pairs of 16-bit values, rows x_stride pairs apart; K even. sides [N, side_stride], SIDES
     of them per block. BW words of a row at a time. EVEN: BW divides the words of every split, and no code is
     padding. out [M, N] in x's dtype, or float32 partial sums [SPLIT, M, N] when SPLIT > 1.
+    ACTIVATION: None or that of the first half of the rows, by which the second half is multiplied; out is
+    then [M, N/2] and SPLIT 1. PDL: see `launch.py`; the weights fetched soon are those of the first step.
     """
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
@@ -127,7 +133,16 @@ def linear_affine_quads(
     ODD_TOO_MUCH: tl.constexpr = 0.0 if BITS == 8 else (0x4300 + CENTRE) / 65536.0
 
     split = tl.program_id(1)
-    first_row = tl.program_id(0) * BN
+    # Rows of a program: BN neighbours, or BN/2 gates and the BN/2 rows that go with them.
+    OWN: tl.constexpr = BN // 2 if ACTIVATION is not None else BN
+    channels = N // 2 if ACTIVATION is not None else N
+    first_row = tl.program_id(0) * OWN
+    if PDL == 2:
+        number = tl.arange(0, BN)[:, None]
+        soon = tl.minimum(first_row + number % OWN, channels - 1) + number // OWN * channels
+        sector = tl.minimum(split * words_per_split + tl.arange(0, BW // 8)[None, :] * 8, words - 1)
+        prefetch(low + soon.to(tl.int64) * words + sector)
+    wait_for_earlier(PDL)
     sums = ()
     for _ in tl.static_range(BM * BN):
         sums = sums + (tl.zeros((1, BW // 4), dtype=tl.float32),)  # type: ignore[assignment]
@@ -140,7 +155,7 @@ def linear_affine_quads(
         block = (four if EVEN else tl.minimum(four, words // 4 - 1)) // (WIDTH // 8)
         rows = ()
         for r in tl.static_range(BN):
-            row = tl.minimum(first_row + r, N - 1).to(tl.int64)
+            row = (tl.minimum(first_row + r % OWN, channels - 1) + r // OWN * channels).to(tl.int64)
             word = quad(tl.load(low + row * words + held, eviction_policy="evict_first"))
             upper = word
             if HAS_HIGH:
@@ -183,9 +198,15 @@ def linear_affine_quads(
             sums = grown
 
     out += split.to(tl.int64) * M * N
-    rn = first_row + tl.arange(0, BN)
+    rn = first_row + tl.arange(0, OWN)
+    kept = tl.minimum(rn, channels - 1)
     for m in tl.static_range(BM):
-        y = _sum_rows(sums, m * BN, BN)
+        y = _sum_rows(sums, m * BN, OWN)
         if HAS_BIAS:
-            y += tl.load(bias + tl.minimum(rn, N - 1)).to(tl.float32)
-        tl.store(out + m * N + rn, y.to(out.dtype.element_ty), mask=(rn < N) & (m < M))
+            y += tl.load(bias + kept).to(tl.float32)
+        if ACTIVATION is not None:
+            times = _sum_rows(sums, m * BN + OWN, OWN)
+            if HAS_BIAS:
+                times += tl.load(bias + channels + kept).to(tl.float32)
+            y = activated(y, times, ACTIVATION, out.dtype.element_ty)
+        tl.store(out + m * channels + rn, y.to(out.dtype.element_ty), mask=(rn < channels) & (m < M))

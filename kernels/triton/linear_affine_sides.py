@@ -17,11 +17,13 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width
+from qcompiler.kernels.ops.linear_affine_gated import check_gated
 from qcompiler.kernels.ops.linear_affine_sides import (
     check_linear_affine_sides,
     sides_per_block,
 )
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.activation import gated_activation
+from qcompiler.kernels.triton.launch import early_start, on_device
 from qcompiler.kernels.triton.linear_affine_dense import dequantize_sides_kernel
 from qcompiler.kernels.triton.linear_affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
@@ -33,6 +35,8 @@ from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_b
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
 _DOTS_BITS = (2, 3, 4, 6)  # fit bfloat16's mantissa, and the high bits of a code lie in one byte
+# Whether "quads", "dots" and "gemm" compute the activation of a gated linear themselves, or a kernel of its own.
+ACTIVATION_INSIDE = True
 
 
 def linear_affine_sides_triton(
@@ -45,11 +49,33 @@ def linear_affine_sides_triton(
     group_size: int,
     in_features: int,
     config: LinearConfig | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """`linear_affine_sides` (see `ops/`) by Triton; `config` overrides the table's choice."""
+    """`linear_affine_sides` (see `ops/`) by Triton; `config` overrides the table's choice.
+
+    With an `activation` it is `linear_affine_sides_gated`.
+    """
     check_linear_affine_sides(x, low, high, sides, bits, group_size, in_features)
     with on_device(x):
-        return _launch(x, low, high, sides, bias, bits, group_size, in_features, config)
+        return _launch(x, low, high, sides, bias, bits, group_size, in_features, config, activation)
+
+
+def linear_affine_sides_gated_triton(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation: str,
+) -> torch.Tensor:
+    """CUDA provider of `qcompiler::linear_affine_sides_gated`."""
+    check_gated(activation, low.shape[0])
+    return linear_affine_sides_triton(
+        x, low, high, sides, bias, bits, group_size, in_features, activation=activation
+    )
 
 
 def _launch(
@@ -62,14 +88,16 @@ def _launch(
     group_size: int,
     in_features: int,
     config: LinearConfig | None,
+    activation: str | None,
 ) -> torch.Tensor:
     out_features = low.shape[0]
+    columns = out_features // 2 if activation is not None else out_features
     rows = x.reshape(-1, in_features)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     tokens = rows.shape[0]
     if tokens == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
+        return x.new_empty((*x.shape[:-1], columns))
     if config is None:
         config = _configured(rows, bits, group_size, out_features)
     width = block_width(bits, group_size, in_features)
@@ -83,16 +111,21 @@ def _launch(
         kind = "gemm"
     if kind in ("dots", "gemm", "wide") and width < 16:
         kind = "dense"  # narrower than a dot
+    inside = activation if ACTIVATION_INSIDE else None
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
     elif pairs is not None:
-        y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config)
+        y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config, inside)
     elif kind == "dots":
-        y = _dots(rows, low, high, sides, bias, bits, group_size, width, config)
+        y = _dots(rows, low, high, sides, bias, bits, group_size, width, config, inside)
+    elif kind == "gemm":
+        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, inside)
     else:
-        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, wide=kind == "wide")
-    return y.view(*x.shape[:-1], out_features)
+        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, None, wide=True)
+    if activation is not None and y.shape[1] != columns:
+        y = gated_activation(y[:, :columns], y[:, columns:], activation)
+    return y.view(*x.shape[:-1], columns)
 
 
 def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
@@ -113,13 +146,14 @@ def _quads(
     group_size: int,
     width: int,
     config: LinearConfig,
+    activation: str | None,
 ) -> torch.Tensor:
     tokens, in_features = x.shape
     out_features, words = low.shape
     block_w = 128 * config.num_warps
     words_per_split = triton.cdiv(triton.cdiv(words, config.split_k), block_w) * block_w
     split = triton.cdiv(words, words_per_split)
-    out, target = split_target(x, out_features, split)
+    out, target = split_target(x, out_features, split, activation=activation)
     linear_affine_quads[(triton.cdiv(out_features, config.block_n), split)](
         pairs,
         low,
@@ -146,10 +180,12 @@ def _quads(
         HAS_BIAS=bias is not None and split == 1,
         HALF=_half(x.dtype),
         STAGES=config.num_stages,
+        ACTIVATION=activation if split == 1 else None,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
+        **early_start(x.device),
     )
-    return sum_split(target, bias, out)
+    return sum_split(target, bias, out, activation)
 
 
 def _dots(
@@ -162,6 +198,7 @@ def _dots(
     group_size: int,
     width: int,
     config: LinearConfig,
+    activation: str | None,
 ) -> torch.Tensor:
     tokens, in_features = x.shape
     out_features, words = low.shape
@@ -169,8 +206,11 @@ def _dots(
     tiles = triton.cdiv(in_features, tile)
     tiles_per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, tiles_per_split)
-    out, target = split_target(x, out_features, split)
     block_n = min(config.block_n, 16 * config.num_warps)
+    parts = config.block_n // block_n
+    if split == 1 and parts % 2:
+        activation = None  # gates and what they multiply are two tiles of a program
+    out, target = split_target(x, out_features, split, activation=activation)
     grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
     linear_affine_dots[grid](
         x,
@@ -191,17 +231,19 @@ def _dots(
         WIDTH=width,
         SIDES=sides_per_block(bits, group_size, in_features),
         BN=block_n,
-        PARTS=config.block_n // block_n,
+        PARTS=parts,
         BM=config.block_m,
         SPLIT=split,
         EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
         HALF=_half(x.dtype),
+        ACTIVATION=activation if split == 1 else None,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early_start(x.device),
     )
-    return sum_split(target, bias, out)
+    return sum_split(target, bias, out, activation)
 
 
 def _gemm(
@@ -214,8 +256,9 @@ def _gemm(
     group_size: int,
     width: int,
     config: LinearConfig,
+    activation: str | None,
     *,
-    wide: bool,
+    wide: bool = False,
 ) -> torch.Tensor:
     tokens, in_features = x.shape
     out_features, words = low.shape
@@ -223,7 +266,7 @@ def _gemm(
     tiles = triton.cdiv(in_features, tile)
     tiles_per_split = triton.cdiv(tiles, config.split_k)
     split = triton.cdiv(tiles, tiles_per_split)
-    out, target = split_target(x, out_features, split)
+    out, target = split_target(x, out_features, split, activation=activation)
     grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
     linear_affine_gemm[grid](
         x,
@@ -249,11 +292,13 @@ def _gemm(
         EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
         HALF=_half(x.dtype),
+        ACTIVATION=activation if split == 1 else None,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early_start(x.device),
     )
-    return sum_split(target, bias, out)
+    return sum_split(target, bias, out, activation)
 
 
 def _dense(

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 import triton
 
+from qcompiler.kernels.triton.launch import early_start
 from qcompiler.kernels.triton.linear_affine_gemv import sum_partials
 from qcompiler.kernels.tuning.tables import LinearConfig, load_table, token_bucket
 
@@ -71,33 +72,44 @@ def heuristic(n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig
 
 
 def split_target(
-    x: torch.Tensor, out_features: int, split: int, dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    out_features: int,
+    split: int,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The result [M, N] for x [M, K], and where a kernel writes: itself, or float32 parts [split, M, N].
 
-    `dtype` is the result's, x's own by default.
+    `dtype` is the result's, x's own by default; with an activation (see `sum_split`) it is [M, N/2].
     """
-    out = x.new_empty((x.shape[0], out_features), dtype=dtype or x.dtype)
-    return out, out if split == 1 else x.new_empty((split, *out.shape), dtype=torch.float32)
+    tokens, columns = x.shape[0], out_features // 2 if activation is not None else out_features
+    out = x.new_empty((tokens, columns), dtype=dtype or x.dtype)
+    return out, out if split == 1 else x.new_empty((split, tokens, out_features), dtype=torch.float32)
 
 
-def sum_split(partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+def sum_split(
+    partials: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, activation: str | None = None
+) -> torch.Tensor:
     """Sum partials [split, M, N] into out [M, N], always in the same order, plus bias [N]; gives `out`.
 
-    Where nothing was split (see `split_target`) they are one tensor, complete with its bias.
+    Where nothing was split (see `split_target`) they are one tensor, complete with its bias. With an
+    activation ("silu", "gelu", "gelu_tanh") out [M, N/2] is that of the first half of the columns, times the
+    second half.
     """
     if partials is out:
         return out
-    count = out.numel()
-    sum_partials[(triton.cdiv(count, _SUM_BLOCK),)](
+    split, tokens, columns = partials.shape
+    sum_partials[(triton.cdiv(out.numel(), _SUM_BLOCK),)](
         partials,
         bias if bias is not None else partials,
         out,
-        count,
-        out.shape[1],
-        SPLIT=partials.shape[0],
+        tokens * columns,
+        columns,
+        SPLIT=split,
         HAS_BIAS=bias is not None,
         BLOCK=_SUM_BLOCK,
+        ACTIVATION=activation,
+        **early_start(out.device),
     )
     return out
 

@@ -7,11 +7,26 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.triton.launch import as_rows, next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import (
+    as_rows,
+    early_start,
+    next_power_of_2,
+    on_device,
+    prefetch,
+    wait_for_earlier,
+)
 
 # Elements of a program's tile: short rows (one attention head) are taken several at a time.
 _TILE = 2048
 _MAX_COLUMNS = 65536
+
+
+@triton.jit
+def _fetch_soon(weight, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The weight into the L2 cache, which what other layers read has driven it out of."""
+    SECTOR: tl.constexpr = 256 // weight.dtype.element_ty.primitive_bitwidth
+    if BLOCK >= SECTOR:
+        prefetch(weight + tl.minimum(tl.arange(0, BLOCK // SECTOR) * SECTOR, COLUMNS - 1))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,6 +51,7 @@ def rms_norm_kernel(
     CAST_FIRST: tl.constexpr,
     ADD: tl.constexpr,
     WEIGHT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (rows / BLOCK_ROWS,). out and, if ADD, total = x + residual are contiguous [rows, COLUMNS]."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -43,6 +59,9 @@ def rms_norm_kernel(
     mask = (row < rows) & (column < COLUMNS)
     x_at = row // x_inner * x_outer_stride + row % x_inner * x_inner_stride + column
     out_at = row * COLUMNS + column
+    if PDL == 2 and WEIGHT:
+        _fetch_soon(weight_ptr, COLUMNS, BLOCK)
+    wait_for_earlier(PDL)
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         at = (
@@ -79,12 +98,16 @@ def layer_norm_kernel(
     BLOCK: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid: (rows / BLOCK_ROWS,). out [rows, COLUMNS] is contiguous."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
     x_at = row // x_inner * x_outer_stride + row % x_inner * x_inner_stride + column
+    if PDL == 2 and WEIGHT:
+        _fetch_soon(weight_ptr, COLUMNS, BLOCK)
+    wait_for_earlier(PDL)
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1)[:, None] / COLUMNS
     # Two passes over registers: the one-pass variance cancels when the mean is large.
@@ -132,7 +155,7 @@ def layer_norm(
         layer_norm_kernel[(-(-rows // block_rows),)](
             x, _contiguous(weight), _contiguous(bias), out, rows, inner, outer_stride, inner_stride, eps,
             COLUMNS=x.shape[-1], BLOCK_ROWS=block_rows, BLOCK=block,
-            WEIGHT=weight is not None, BIAS=bias is not None, num_warps=warps,
+            WEIGHT=weight is not None, BIAS=bias is not None, num_warps=warps, **early_start(x.device),
         )  # fmt: skip
     return out
 
@@ -161,7 +184,7 @@ def _rms_norm(
             residual_inner, residual_outer_stride, residual_inner_stride, eps, offset,
             COLUMNS=x.shape[-1],
             BLOCK_ROWS=block_rows, BLOCK=block, CAST_FIRST=cast_first,
-            ADD=residual is not None, WEIGHT=weight is not None, num_warps=warps,
+            ADD=residual is not None, WEIGHT=weight is not None, num_warps=warps, **early_start(x.device),
         )  # fmt: skip
     return out, total
 

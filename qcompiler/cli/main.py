@@ -114,6 +114,12 @@ Exit codes: 0 done, 2 refused input, 3 quality gate missed, 1 our fault.
 @click.option("--resume", is_flag=True, help="Continue an unfinished compilation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 @click.option(
+    "--fuse/--no-fuse",
+    default=True,
+    show_default=True,
+    help="Join ops of the graph into fewer launches.",
+)
+@click.option(
     "--dump-graphs", type=click.Path(path_type=Path), metavar="DIR", help="Write every pass's graphs."
 )
 @click.option(

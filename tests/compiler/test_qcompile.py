@@ -142,6 +142,18 @@ def test_dump_graphs_writes_every_pass(random_llama, artifact_of, tmp_path):
     lowered = [text for path, text in sorted(texts.items()) if path.parts[0] == "3-lowered"]
     assert "linear_affine" in lowered[-1]
     assert "paged_attention" in lowered[-1]
+    gated = next(text for path, text in texts.items() if path.name.endswith("fuse_gated_linears.txt"))
+    assert "# saves 2 launches and " in gated
+
+
+def test_fusions_can_be_left_out(random_llama, artifact_of):
+    for arguments, saved in (((), True), (("--no-fuse", "--overwrite"), False)):
+        _, _, _, out = artifact_of(random_llama, *arguments)
+        passes = {item["name"]: item for item in json.loads((out / "report.json").read_text())["passes"]}
+        assert ("fuse_rotary_append" in passes) is saved
+        if saved:
+            assert passes["fuse_rotary_append"]["saved"]["launches"] == 4
+            assert passes["fuse_gated_linears"]["saved"]["bytes_per_token"] > 0
 
 
 def test_max_kl_fails_with_3_and_keeps_nothing(random_llama, artifact_of):

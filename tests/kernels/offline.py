@@ -47,13 +47,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """Resources of one compiled variant; `loop` counts the opcodes of its longest innermost loop."""
+    """Resources of one compiled variant; `loop` counts the opcodes of its longest innermost loop.
+
+    `early` are the loads and stores before the wait for earlier kernels, empty too where none waits.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     layout_conversions: int
     loop: dict[str, int]
+    early: list[str]
 
 
 def compile_variants(variants: list[Variant]) -> list[Report]:
@@ -85,6 +89,11 @@ class Compiled:
     def loop(self) -> Counter[str]:
         """Instructions of the longest innermost loop, counted by opcode."""
         return Counter(name.split(".")[0] for name in self.loop_opcodes())
+
+    def memory_before_wait(self) -> list[str]:
+        """Loads and stores that stand before the wait for earlier kernels; all of them where none waits."""
+        before = self.sass.partition("ACQBULK")[0]
+        return re.findall(r"\b(?:LDG|LDGSTS|STG|ATOMG?|REDG?|UBLKCP|UTMALDG)\b", before)
 
     def loop_opcodes(self) -> list[str]:
         """Opcodes with their modifiers of the longest innermost loop, in order."""
@@ -161,7 +170,7 @@ def _cuobjdump(*arguments: str) -> str:
 def _report(variant: Variant) -> Report:
     module, function = variant.kernel.split(":")
     constants = {
-        name: getattr(tl, value.removeprefix("tl.")) if isinstance(value, str) else value
+        name: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
         for name, value in variant.constants.items()
     }
     compiled = compile_sm90(
@@ -177,6 +186,7 @@ def _report(variant: Variant) -> Report:
         compiled.shared_bytes,
         compiled.ttgir.count("ttg.convert_layout"),
         dict(compiled.loop()),
+        compiled.memory_before_wait() if "ACQBULK" in compiled.sass else [],
     )
 
 

@@ -23,6 +23,7 @@ from qcompiler.kernels.triton import (
     kv_dequantize,
     norms,
     rotary,
+    rotary_kv_append,
 )
 from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_kernel
 from qcompiler.kernels.triton.attention_decode_quantized import decode_quantized_kernel
@@ -57,7 +58,8 @@ def argument_types(kernel, element):
 def quantized_types(kernel, element, fmt):
     """Types of the kernels over a quantized cache: codes int16, scales of 4 bytes."""
     types = argument_types(kernel, element)
-    words = {"words_ptr", "k_pages_ptr", "v_pages_ptr"} | ({"k_ptr", "v_ptr"} if "q_ptr" in types else set())
+    appended = "k_pages_ptr" in types
+    words = {"words_ptr"} | ({"k_pages_ptr", "v_pages_ptr"} if appended else {"k_ptr", "v_ptr"})
     for name in types:
         if name.endswith("scales_ptr"):
             types[name] = "*i32" if fmt == "int4" else "*fp32"
@@ -109,9 +111,16 @@ def quantized_variants():
             "FORMAT": fmt, "PLANES": chosen.planes, "HEADS": 8, "BLOCK_H": 8, "D": dim, "DV": dim,
             "WK": words, "WV": words, "BLOCK_WK": attention.next_power_of_2(words),
             "BLOCK_WV": attention.next_power_of_2(words), "LEAST": smallest_scale(fmt),
-            "PAGE_SIZE": page_size,
+            "PAGE_SIZE": page_size, "PDL": 2,
         }  # fmt: skip
         yield "kv_append_quantized", kv_append_quantized.kv_append_quantized_kernel, element, 4, 2, append
+        rotating = append | {
+            "HEADS": 32, "KV_HEADS": 8, "ROTATED": dim, "BLOCK_HEADS": 8, "BLOCK_HALF": dim // 2,
+            "BLOCK_REST": 1, "INTERLEAVED": False,
+        }  # fmt: skip
+        kernel = rotary_kv_append.rotary_kv_append_quantized_kernel
+        del rotating["BLOCK_H"]
+        yield "rotary_kv_append_quantized", kernel, element, 4, 2, rotating
 
 
 def attention_constants(kernel, dim, element, tile, group, options):
@@ -119,7 +128,7 @@ def attention_constants(kernel, dim, element, tile, group, options):
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": attention.padded(dim), "BLOCK_DV": attention.padded(dim),
         "GROUP": group, "TILE_HEADS": tile_heads, "TILE_TOKENS": tile.block_m // tile_heads, "KV_HEADS": 8,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLIT": True, "PDL": True,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SEQUENCES_P2": 64, "SPLIT": True, "PDL": 2,
         "CAUSAL": True, "WINDOW": 0, "CHUNK": 0, "SOFTCAP": False, "SINKS": False, "PAGED": True,
         "PAGE_SIZE": 16, "PRECISION": "ieee" if element == "fp32" else "tf32",
     } | options  # fmt: skip
@@ -161,28 +170,37 @@ def attention_variants():
             tile.num_stages,
             attention_constants(decode_kernel, dim, element, tile, 4, options),
         )
-    combine = {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS_P2": 64, "PDL": True}
+    combine = {"HEADS": 32, "DV": 128, "BLOCK_DV": 128, "SPLITS_P2": 64, "PDL": 2}
     yield "combine", combine_kernel, "bf16", 4, 2, combine
 
 
 def other_variants():
     for columns in (128, 8192):
         block, block_rows, warps = norms._tile(columns)
-        shape = {"COLUMNS": columns, "BLOCK_ROWS": block_rows, "BLOCK": block, "x_inner": 1, "WEIGHT": True}
+        shape = {
+            "COLUMNS": columns,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK": block,
+            "x_inner": 1,
+            "WEIGHT": True,
+            "PDL": 2,
+        }
         rms = shape | {"residual_inner": 1, "CAST_FIRST": True, "ADD": True}
         yield "rms_norm", norms.rms_norm_kernel, "bf16", warps, 2, rms
         yield "layer_norm", norms.layer_norm_kernel, "bf16", warps, 2, shape | {"BIAS": True}
     for name in ("silu", "gelu"):
-        gated = {"gate_inner": 1, "up_inner": 1, "BLOCK": 1024, "ACTIVATION": name}
+        gated = {"gate_inner": 1, "up_inner": 1, "BLOCK": 1024, "ACTIVATION": name, "PDL": 2}
         yield name, activation.gated_kernel, "bf16", 4, 2, gated
-    append = {"HEADS": 8, "D": 128, "DV": 128, "PAGE_SIZE": 16, "BLOCK": 1024}
+    append = {"HEADS": 8, "D": 128, "DV": 128, "PAGE_SIZE": 16, "BLOCK": 1024, "PDL": 2}
     yield "kv_append", kv_append.kv_append_kernel, "bf16", 4, 2, append
     for interleaved in (False, True):
         rotation = {
             "HEADS": 32, "ROTATED": 64, "D": 128, "BLOCK_HEADS": 32, "BLOCK_HALF": 32, "BLOCK_REST": 64,
-            "INTERLEAVED": interleaved,
+            "INTERLEAVED": interleaved, "PDL": 2,
         }  # fmt: skip
         yield "rotary", rotary.rotary_kernel, "bf16", 4, 2, rotation
+        appended = rotation | {"KV_HEADS": 8, "DV": 128, "BLOCK_HEADS": 8, "BLOCK_DV": 128, "PAGE_SIZE": 16}
+        yield "rotary_kv_append", rotary_kv_append.rotary_kv_append_kernel, "bf16", 4, 2, appended
     for rows, transposed in ((8, False), (16384, True)):
         block_m, block_n, block_k, warps, stages = grouped_linear.tile(rows, 8, 2)
         grouped = {
@@ -215,6 +233,8 @@ def main():
             "wgmma": compiled.ttgir.count("warp_group_dot "),
             "fewest_buffers": min(_buffers(compiled.ttgir), default=0),
             "shared_stores": sum(compiled.loop()[op] for op in ("STS", "STSM")),
+            "waits": "ACQBULK" in compiled.sass,
+            "memory_before_wait": compiled.memory_before_wait(),
             "narrow_loads": any(f"LDG.E.{width}" in compiled.sass for width in ("U8", "U16")),
         }
         sys.stdout.write(json.dumps(report) + "\n")

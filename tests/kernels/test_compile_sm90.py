@@ -35,7 +35,9 @@ PLANES = {2: 8, 3: 8, 4: 4, 5: 4, 6: 4, 8: 2}
 HALF = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.bfloat16"}
 
 
-def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=1, width_of=4096):
+def linear(
+    kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=1, width_of=4096, activation=None
+):
     """A variant of the fused linears; all but gemv on prepared scales, that on the format's own."""
     width = block_width(bits, group, width_of)
     types = {**POINTERS, **SIZES, "tiles_per_split": "i32", "words_per_split": "i32:16"}
@@ -72,6 +74,8 @@ def linear(kind, bits, group, dtype, block_n, block_m, warps=4, stages=3, split=
     else:
         constants |= {"WIDE": kind == "wide", "EVEN_K": width_of % 256 == 0}
         kernel = "linear_affine_gemm:linear_affine_gemm"
+    if kind != "gemv":
+        constants |= {"ACTIVATION": activation, "PDL": 2}
     kept = {name: type_ for name, type_ in types.items() if name not in constants}
     return offline.Variant(f"qcompiler.kernels.triton.{kernel}", kept, constants, warps, stages)
 
@@ -182,8 +186,17 @@ OTHERS = {
     "sum of parts": offline.Variant(
         "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
         {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
-        {"SPLIT": 4, "HAS_BIAS": True, "BLOCK": 512},
+        {"SPLIT": 4, "HAS_BIAS": True, "BLOCK": 512, "ACTIVATION": None, "PDL": 2},
     ),
+    "gated sum of parts": offline.Variant(
+        "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
+        {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
+        {"SPLIT": 2, "HAS_BIAS": False, "BLOCK": 512, "ACTIVATION": "silu", "PDL": 2},
+    ),
+    "quads gated": linear("quads", 4, 64, "bf16", 4, 1, 1, 1, activation="silu"),
+    "dots gated": linear("dots", 4, 64, "bf16", 32, 8, 1, 3, activation="silu"),
+    "gemm gated": linear("gemm", 4, 64, "bf16", 64, 16, activation="silu"),
+    "gemm gated, 64 tokens": linear("gemm", 4, 64, "bf16", 128, 64, 8, activation="gelu"),
 }
 
 
@@ -198,6 +211,11 @@ def test_no_register_spills(reports, name):
     report = reports[name]
     assert report.spill_bytes == 0
     assert report.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize("name", [*LIMITS, *OTHERS])
+def test_nothing_is_read_or_written_before_earlier_kernels_have_ended(reports, name):
+    assert reports[name].early == []
 
 
 @pytest.mark.parametrize("name", LIMITS)

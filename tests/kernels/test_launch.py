@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompiler.kernels.triton.launch import as_rows, next_power_of_2
+from qcompiler.kernels.triton.launch import (
+    EARLY,
+    EARLY_WITH_WEIGHTS,
+    IN_TURN,
+    allow_early_starts,
+    as_rows,
+    early_start,
+    next_power_of_2,
+    starts_early,
+)
 
 
 def gathered(x):
@@ -51,3 +60,21 @@ def test_views_into_a_fused_projection_are_not_copied(view):
 @pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_2(n, power):
     assert next_power_of_2(n) == power
+
+
+def test_kernels_start_early_only_where_a_device_can():
+    assert not starts_early(torch.device("cpu"))
+    assert early_start(torch.device("cpu")) == {"PDL": IN_TURN}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("level", [IN_TURN, EARLY, EARLY_WITH_WEIGHTS])
+def test_how_kernels_start_can_be_chosen(level):
+    device = torch.device("cuda")
+    early = level > IN_TURN and torch.cuda.get_device_capability() >= (9, 0)
+    before = allow_early_starts(level)
+    try:
+        assert early_start(device) == ({"PDL": level, "launch_pdl": True} if early else {"PDL": IN_TURN})
+    finally:
+        assert allow_early_starts(before) == level

@@ -12,8 +12,11 @@ import pytest
 
 _SCRIPT = Path(__file__).with_name("sm90_variants.py")
 _SHARED_LIMIT = 227 * 1024  # bytes of shared memory that one program may have on sm_90
-_ELEMENTWISE = {"rms_norm", "layer_norm", "silu", "gelu", "kv_append", "rotary"}
-_QUANTIZED = {"prefill_quantized", "decode_quantized", "kv_append_quantized", "dequantize_pages"}
+_ELEMENTWISE = {"rms_norm", "layer_norm", "silu", "gelu", "kv_append", "rotary", "rotary_kv_append"}
+_QUANTIZED = {"prefill_quantized", "decode_quantized", "dequantize_pages"}
+_APPENDS = {"kv_append_quantized", "rotary_kv_append_quantized"}
+# Kernels of a decode step: they start while the ones before them still run.
+_EARLY = _ELEMENTWISE | _APPENDS | {"decode", "decode_quantized", "combine"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def variants():
 
 def test_every_kernel_compiles(variants):
     attention = {"prefill", "decode", "combine"}
-    wanted = attention | _QUANTIZED | _ELEMENTWISE | {"grouped_linear"}
+    wanted = attention | _QUANTIZED | _APPENDS | _ELEMENTWISE | {"grouped_linear"}
     assert {v["kernel"] for v in variants} == wanted
 
 
@@ -67,3 +70,8 @@ def test_memory_bound_kernels_never_load_single_elements(variants):
     # the norm of one attention head loads its short weight once for 16 rows
     wide = [v for v in variants if v["kernel"] in _ELEMENTWISE and v["columns"] != 128]
     assert [v for v in wide if v["narrow_loads"]] == []
+
+
+def test_nothing_is_read_or_written_before_earlier_kernels_have_ended(variants):
+    early = [v for v in variants if v["kernel"] in _EARLY]
+    assert [v for v in early if not v["waits"] or v["memory_before_wait"]] == []

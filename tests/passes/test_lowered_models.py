@@ -20,24 +20,30 @@ TOLERANCE = 1e-5
 # Prefill of 9, 1 and 5 tokens; two decode steps; a chunk, a pause and a decode mixed; a last chunk.
 STEPS = [(9, 1, 5), (1, 1, 1), (1, 1, 1), (0, 7, 1), (5, 1, 0)]
 
-# family → matches of rms_norm + layer_norm, rotary, gated activation, siblings, add_norm
+# family → matches of rms_norm + layer_norm, rotary, gated activation, siblings, add_norm, rotary and append
 DECODERS = {
-    "llama": (5, 4, 2, 4, 4),
-    "gemma2": (9, 4, 2, 4, 4),
-    "qwen3": (9, 4, 2, 4, 4),
-    "phi3": (5, 4, 2, 0, 4),
-    "gpt2": (5, 0, 0, 0, 0),
-    "gpt_neox": (5, 4, 0, 0, 0),
-    "cohere": (7, 4, 2, 2, 0),
-    "glm4": (9, 4, 2, 2, 4),
-    "stablelm": (5, 4, 2, 4, 0),
-    "starcoder2": (5, 4, 0, 2, 0),
-    "olmo2": (9, 4, 2, 4, 1),
-    "gpt_oss": (5, 4, 0, 2, 4),
-    "deepseek_v3": (9, 4, 3, 4, 4),
-    "opt": (5, 0, 0, 2, 0),
+    "llama": (5, 4, 2, 4, 4, 2),
+    "gemma2": (9, 4, 2, 4, 4, 2),
+    "qwen3": (9, 4, 2, 4, 4, 2),
+    "phi3": (5, 4, 2, 0, 4, 2),
+    "gpt2": (5, 0, 0, 0, 0, 0),
+    "gpt_neox": (5, 4, 0, 0, 0, 2),
+    "cohere": (7, 4, 2, 2, 0, 2),
+    "glm4": (9, 4, 2, 2, 4, 2),
+    "stablelm": (5, 4, 2, 4, 0, 2),
+    "starcoder2": (5, 4, 0, 2, 0, 2),
+    "olmo2": (9, 4, 2, 4, 1, 2),
+    "gpt_oss": (5, 4, 0, 2, 4, 2),
+    "deepseek_v3": (9, 4, 3, 4, 4, 0),
+    "opt": (5, 0, 0, 2, 0, 0),
 }
-COUNTED = ("fuse_rotary", "fuse_gated_activation", "fuse_sibling_linears", "fuse_add_norm")
+COUNTED = (
+    "fuse_rotary",
+    "fuse_gated_activation",
+    "fuse_sibling_linears",
+    "fuse_add_norm",
+    "fuse_rotary_append",
+)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -117,11 +117,15 @@ class _Plain(nn.Module):
 def test_the_lists_are_explicit():
     names = [item.name for item in canonical_passes()]
     assert names.index("fuse_layer_norm") < names.index("fuse_rms_norm")
-    assert [item.name for item in lowering_passes("decoder")][-2:] == [
+    assert [item.name for item in lowering_passes("decoder")][-4:] == [
         "gather_logits_rows",
         "insert_paged_kv_cache",
+        "fuse_rotary_append",
+        "fuse_gated_linears",
     ]
-    assert [item.name for item in lowering_passes("encoder")][-1] == "insert_ragged"
+    assert [item.name for item in lowering_passes("encoder")][-2:] == ["insert_ragged", "fuse_gated_linears"]
+    unfused = [item.name for item in lowering_passes(fuse=False)]
+    assert unfused == ["gather_logits_rows", "insert_paged_kv_cache"]
     assert not any(item.changes_numerics for item in (*canonical_passes(), *lowering_passes()))
 
 

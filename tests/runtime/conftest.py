@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def rtn_part(recipe: Any, load: Callable[[str], torch.Tensor]) -> dict[str, torc
     return get_format("affine").pack(recipe.spec, codes.flatten(1).to(torch.uint8), scales, zeros)
 
 
-def compile_folder(folder: Path, out: Path, *, bits: int | None, dtype: torch.dtype) -> Path:
+def compile_folder(
+    folder: Path, out: Path, *, bits: int | None, dtype: torch.dtype, fuse: bool = True
+) -> Path:
     """A checkpoint folder as an artifact; `bits` None leaves every weight as it is."""
     from qcompiler.capture import ModelSource, capture
     from qcompiler.checkpoint.reader import Checkpoint
@@ -47,7 +50,7 @@ def compile_folder(folder: Path, out: Path, *, bits: int | None, dtype: torch.dt
     if bits is not None:
         spec = AffineSpec(bits, 64)
         passes.append(QuantizeLinears(lambda name, n, k: "head" if name == "lm_head" else spec))
-    PassManager([*passes, *lowering_passes(captured.kind)]).run(captured.graph)
+    PassManager([*passes, *lowering_passes(captured.kind, fuse=fuse)]).run(captured.graph)
     held = [*captured.graph.named_parameters(), *captured.graph.named_buffers()]
     constants = {name: t.detach() for name, t in held if not t.is_meta}  # e.g. rotary frequencies
     with Checkpoint.open(folder, source.skeleton(dtype)) as checkpoint:
@@ -83,6 +86,12 @@ def compile_folder(folder: Path, out: Path, *, bits: int | None, dtype: torch.dt
 @pytest.fixture(scope="session")
 def tiny_folder() -> Path:
     return TINY
+
+
+@pytest.fixture(scope="session")
+def compile_tiny() -> Callable[..., Path]:
+    """`compile_folder` of tiny-llama."""
+    return partial(compile_folder, TINY)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from qcompiler.emit.onnx.builder import CONTRIB, ONNX_TYPES
+from qcompiler.emit.onnx.layers import rotate_tokens
 from qcompiler.emit.onnx.translation import Translation, Value
 from qcompiler.runtime.graph import Graph, Weight, bind
 
@@ -62,9 +63,17 @@ def grouped_query_obstacle(graph: Graph) -> str | None:
 
 
 def _kv_append(t: Translation, call: Call) -> None:
+    _keep(t, call, t.tensor(call["k"]))
+
+
+def _rotary_kv_append(t: Translation, call: Call) -> Value:
+    _keep(t, call, rotate_tokens(t, t.tensor(call["k"]), call))
+    return rotate_tokens(t, t.tensor(call["q"]), call)
+
+
+def _keep(t: Translation, call: Call, key: Value) -> None:
     pages = call["k_pages"].name
-    index = int(pages.rpartition("_")[2])
-    t.caches["pages", pages] = Pages(index, t.tensor(call["k"]), t.tensor(call["v"]))
+    t.caches["pages", pages] = Pages(int(pages.rpartition("_")[2]), key, t.tensor(call["v"]))
 
 
 def _paged_attention(t: Translation, call: Call) -> Value:
@@ -303,6 +312,7 @@ def _cached(t: Translation, key: Any, make: Callable[[], Any]) -> Any:
 
 OPERATORS: dict[str, Callable[[Translation, Call], Any]] = {
     "qcompiler.kv_append.default": _kv_append,
+    "qcompiler.rotary_kv_append.default": _rotary_kv_append,
     "qcompiler.paged_attention.default": _paged_attention,
     "qcompiler.ragged_attention.default": _ragged_attention,
 }

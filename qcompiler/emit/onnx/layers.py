@@ -88,21 +88,38 @@ def _layer_norm(t: Translation, call: Call) -> Value:
 
 
 def _rotary(t: Translation, call: Call) -> Value:
-    x, interleaved = t.tensor(call["x"]), bool(call["interleaved"])
-    tables = [t.tensor(call[part], x.dtype) for part in ("cos", "sin")]
+    x = t.tensor(call["x"])
+    if len(x.shape) != 4:
+        raise t.refuse(f"rotates {x.shape}, not [1, heads, tokens, size]")
+    return t.result(_rotate(t, x.name, x.dtype, x.shape[-1], call), x.dtype, x.shape)
+
+
+def _rotate(t: Translation, name: str, dtype: torch.dtype, size: Any, call: Call, **attributes: Any) -> str:
+    interleaved = bool(call["interleaved"])
+    tables = [t.tensor(call[part], dtype) for part in ("cos", "sin")]
     rotated = tables[0].shape[-1]
     tables = [_one_table(t, table) for table in tables]
-    if not isinstance(rotated, int) or len(x.shape) != 4:
-        raise t.refuse(f"rotates {x.shape}, not [1, heads, tokens, size]")
+    if not isinstance(rotated, int):
+        raise t.refuse(f"rotates by tables {list(tables[0].shape)} of no known width")
     # Both halves of a table are equal (or each entry stands twice in a row); ONNX takes them once.
     halves = [_half_table(t, table, rotated, interleaved) for table in tables]
-    name = t.call(
+    return t.call(
         "RotaryEmbedding",
-        [x.name, *halves],
+        [name, *halves],
         interleaved=int(interleaved),
-        rotary_embedding_dim=0 if rotated == x.shape[-1] else rotated,
+        rotary_embedding_dim=0 if rotated == size else rotated,
+        **attributes,
     )
-    return t.result(name, x.dtype, x.shape)
+
+
+def rotate_tokens(t: Translation, x: Value, call: Call) -> Value:
+    """X [tokens, heads, size] rotated as the call of `rotary_kv_append` says."""
+    tokens, heads, size = x.shape
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise t.refuse(f"rotates {x.shape}, whose heads are not known")
+    flat = t.reshape(x, [1, -1, heads * size], (1, tokens, heads * size))
+    name = _rotate(t, flat.name, x.dtype, size, call, num_heads=heads)
+    return t.reshape(Value(name, x.dtype, flat.shape), [-1, heads, size], x.shape)
 
 
 def _one_table(t: Translation, table: Value) -> Value:

@@ -9,6 +9,7 @@ import torch
 
 from qcompiler.emit.onnx.builder import CONTRIB
 from qcompiler.emit.onnx.packing import AffineWeight, Blocks, blocks_of, pack_int8
+from qcompiler.emit.onnx.pointwise import gelu, silu
 from qcompiler.emit.onnx.translation import Translation, Value
 from qcompiler.kernels.formats.affine import AffineSpec
 from qcompiler.kernels.formats.calls import StoredWeight, stored_weight
@@ -80,11 +81,28 @@ def _matmul_nbits(t: Translation, x: Value, inputs: list[str], blocks: Blocks) -
 
 
 def _linear_affine(t: Translation, call: Call) -> Value:
+    return t.result(_affine_product(t, call)[0])
+
+
+def _affine_product(t: Translation, call: Call) -> tuple[str, Blocks]:
     stored, names = _stored(t, call)
     x = t.tensor(call["x"])
     blocks = blocks_of(stored.spec, t.tensors[names["low"]].shape[0], stored.in_features)
     inputs = _affine_inputs(t, stored.spec, names, blocks, x.dtype)
-    return t.result(_add_bias(t, _matmul_nbits(t, x, inputs, blocks), call.get("bias"), x.dtype))
+    return _add_bias(t, _matmul_nbits(t, x, inputs, blocks), call.get("bias"), x.dtype), blocks
+
+
+def _linear_affine_gated(t: Translation, call: Call) -> Value:
+    product, blocks = _affine_product(t, call)
+    result = t.result("")
+    both = Value(product, result.dtype, (*result.shape[:-1], blocks.rows))
+    axis, half = len(both.shape) - 1, blocks.rows // 2
+    gate, up = t.slice(both, axis, 0, half).name, t.slice(both, axis, half, blocks.rows).name
+    if call["activation"] == "silu":
+        activated = silu(t, gate)
+    else:
+        activated = gelu(t, gate, "tanh" if call["activation"] == "gelu_tanh" else "none")
+    return t.result(t.call("Mul", [activated, up]))
 
 
 def _embedding_affine(t: Translation, call: Call) -> Value:
@@ -193,6 +211,7 @@ def _matmul_bnb4(
 
 OPERATORS: dict[str, Callable[[Translation, Call], Any]] = {
     "qcompiler.linear_affine.default": _linear_affine,
+    "qcompiler.linear_affine_gated.default": _linear_affine_gated,
     "qcompiler.embedding_affine.default": _embedding_affine,
     "qcompiler.linear_int8.default": _linear_int8,
     "qcompiler.linear_llm_int8.default": _linear_int8,
