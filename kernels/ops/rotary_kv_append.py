@@ -14,7 +14,9 @@ from qcompiler.kernels.library import register_op, registered_ops
 from qcompiler.kernels.ops.kv_append_quantized import check_append
 
 
-def check_rotary_append(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def check_rotary_append(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> None:
     """Refuse tensors whose shapes do not fit together; shapes only, so it never waits for a device.
 
     Raises:
@@ -24,6 +26,10 @@ def check_rotary_append(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin
         raise InvalidInputError(
             f"rotary_kv_append: q {list(q.shape)} and k {list(k.shape)} are not [tokens, heads, head_dim] "
             "of the same tokens and channels"
+        )
+    if v.dim() != 3 or v.shape[:2] != k.shape[:2]:
+        raise InvalidInputError(
+            f"rotary_kv_append: v {list(v.shape)} is not [tokens, heads, channels] beside k {list(k.shape)}"
         )
     rotated = cos.shape[-1]
     if tuple(cos.shape) != (q.shape[0], rotated) or cos.shape != sin.shape:
@@ -36,6 +42,20 @@ def check_rotary_append(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin
             f"rotary_kv_append: a table of {rotated} columns cannot rotate {q.shape[2]} channels",
             hint="The number of rotated channels must be even and at most the head dimension.",
         )
+
+
+def check_plain_pages(k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """Refuse pages that do not hold heads of k and v.
+
+    Raises:
+        InvalidInputError: Names the pages.
+    """
+    for name, rows, pages in (("k", k, k_pages), ("v", v, v_pages)):
+        if pages.dim() != 4 or pages.shape[2:] != rows.shape[1:]:
+            raise InvalidInputError(
+                f"rotary_kv_append: {name}_pages are {list(pages.shape)}, not [pages, page_size, "
+                f"{rows.shape[1]}, {rows.shape[2]}]"
+            )
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -53,7 +73,8 @@ def _reference(
     slots: torch.Tensor,
     interleaved: bool,
 ) -> torch.Tensor:
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
+    check_plain_pages(k, v, k_pages, v_pages)
     append = registered_ops()["kv_append"].reference
     append(_rotated(k, cos, sin, interleaved), v, k_pages, v_pages, slots)
     return _rotated(q, cos, sin, interleaved).contiguous()
@@ -70,7 +91,8 @@ def _fake(
     slots: torch.Tensor,
     interleaved: bool,
 ) -> torch.Tensor:
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
+    check_plain_pages(k, v, k_pages, v_pages)
     return q.new_empty(q.shape)
 
 
@@ -88,7 +110,7 @@ def _reference_quantized(
     interleaved: bool,
     format: str,
 ) -> torch.Tensor:
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
     append = registered_ops()["kv_append_quantized"].reference
     append(_rotated(k, cos, sin, interleaved), v, k_pages, v_pages, k_scales, v_scales, slots, format)
     return _rotated(q, cos, sin, interleaved).contiguous()
@@ -108,7 +130,7 @@ def _fake_quantized(
     interleaved: bool,
     format: str,
 ) -> torch.Tensor:
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
     check_append(k, v, k_pages, v_pages, k_scales, v_scales, format)
     return q.new_empty(q.shape)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.ops.gated_activation import check_approximate
-from qcompiler.kernels.triton.launch import as_rows, early_start, on_device, wait_for_earlier
+from qcompiler.kernels.triton.launch import as_rows, early_start, let_next_start, on_device, wait_for_earlier
 
 _BLOCK = 1024
 
@@ -48,6 +48,7 @@ def gated_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (rows, columns / BLOCK). out [rows, columns] is contiguous."""
+    let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns

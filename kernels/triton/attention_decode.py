@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.attention_tiles import LOG2E, attend_tiles
-from qcompiler.kernels.triton.launch import wait_for_earlier
+from qcompiler.kernels.triton.launch import let_next_start, wait_for_earlier
 
 
 @triton.jit
@@ -89,6 +89,7 @@ def decode_kernel(
 
     partial fp32 [sequences, heads, splits, DV], lse fp32 [sequences, heads, splits] in log2 units.
     """
+    let_next_start(PDL)
     wait_for_earlier(PDL)
     split = tl.program_id(0)
     head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
@@ -166,6 +167,7 @@ def combine_kernel(
     PDL: tl.constexpr,
 ):
     """Weighted mean of the splits. Grid: (max(sequences, tokens), heads)."""
+    let_next_start(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dv = tl.arange(0, BLOCK_DV)

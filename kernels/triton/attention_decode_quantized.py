@@ -17,7 +17,7 @@ import triton.language as tl
 from qcompiler.kernels.triton.attention_decode import split_bounds
 from qcompiler.kernels.triton.attention_tiles import LOG2E, softmax_step, tile_pages, tile_rows
 from qcompiler.kernels.triton.kv_codes import load_scales, load_words, low_of, plane, raw_offset, scale_of
-from qcompiler.kernels.triton.launch import wait_for_earlier
+from qcompiler.kernels.triton.launch import let_next_start, wait_for_earlier
 
 
 @triton.jit
@@ -196,6 +196,7 @@ def decode_quantized_kernel(
     PDL: tl.constexpr,
 ):
     """Grid and scratch as in `decode_kernel`; W words of a head's channels, padded to BLOCK_W."""
+    let_next_start(PDL)
     wait_for_earlier(PDL)
     split = tl.program_id(0)
     head_tiles: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS

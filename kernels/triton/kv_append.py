@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.errors import InvalidInputError
-from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
+from qcompiler.kernels.triton.launch import (
+    early_start,
+    let_next_start,
+    next_power_of_2,
+    on_device,
+    wait_for_earlier,
+)
 
 _MAX_BLOCK = 1024
 
@@ -54,6 +60,7 @@ def kv_append_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (tokens, heads · max(D, DV) / BLOCK)."""
+    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     wait_for_earlier(PDL)
     slot = tl.load(slots_ptr + token)

@@ -9,7 +9,13 @@ import triton.language as tl
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
 from qcompiler.kernels.triton.attention import checked_pages
-from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
+from qcompiler.kernels.triton.launch import (
+    early_start,
+    let_next_start,
+    next_power_of_2,
+    on_device,
+    wait_for_earlier,
+)
 
 _MAX_BLOCK = 4096  # channels that a program holds
 
@@ -153,6 +159,7 @@ def kv_append_quantized_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (tokens, heads / BLOCK_H)."""
+    let_next_start(PDL)
     wait_for_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)

@@ -1,7 +1,7 @@
 """What every launcher needs: the tensor's device as the current one, its size, row addressing, early starts.
 
-A kernel that starts early (programmatic dependent launch, CUDA programming guide) is set up while the one
-before it still runs. Every program of it calls `wait_for_earlier` before it reads or writes anything; so a
+A kernel that starts early (programmatic dependent launch, CUDA programming guide) is set up while the ones
+before it still run. Every program of it calls `wait_for_earlier` before it reads or writes anything; so a
 kernel has ended only after all that were launched before it have, and any kernel may follow. What may be
 done before the wait is `prefetch`: it moves lines into the L2 cache and cannot read anything stale.
 """
@@ -27,14 +27,20 @@ _level = _LEVELS.get(os.environ.get("QCOMPILER_PDL", ""), EARLY_WITH_WEIGHTS)
 
 
 @triton.jit
-def wait_for_earlier(PDL: tl.constexpr):
-    """Wait until all kernels launched before this one have ended, then let the next one be set up.
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel be set up as soon as all programs of this one run.
 
-    In this order, what the next kernel does before its own wait comes after everything but this kernel.
+    First in a kernel: further down ptxas (CUDA 12.8) takes it for a reason to serialize the wgmma of a loop.
     """
     if PDL > 0:
-        cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_earlier(PDL: tl.constexpr):
+    """Wait until all kernels launched before this one have ended, and what they wrote can be read."""
+    if PDL > 0:
+        cuda.gdc_wait()
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.activation import activated
-from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
+from qcompiler.kernels.triton.launch import let_next_start, prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import (
     bytes_at,
     plane_bits,
@@ -77,6 +77,7 @@ def linear_affine_gemm(
     multiplied; out is then [M, N/2], SPLIT 1 and BN at least 16. PDL: see `launch.py`; the weights fetched
     soon are those of the first two steps.
     """
+    let_next_start(PDL)
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     TILE: tl.constexpr = PLANES * WIDTH
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6

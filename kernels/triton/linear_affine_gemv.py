@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.activation import activated
-from qcompiler.kernels.triton.launch import wait_for_earlier
+from qcompiler.kernels.triton.launch import let_next_start, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -190,6 +190,7 @@ def sum_partials(
     ACTIVATION: None, or that of the first half of the columns, by which the second half is multiplied; out is
     then [M, N/2], the grid cdiv(MN/2, BLOCK).
     """
+    let_next_start(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wait_for_earlier(PDL)
     if ACTIVATION is not None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.triton.activation import activated
-from qcompiler.kernels.triton.launch import prefetch, wait_for_earlier
+from qcompiler.kernels.triton.launch import let_next_start, prefetch, wait_for_earlier
 from qcompiler.kernels.triton.linear_affine_codes import plane_bits, quad_bytes, spread_high
 from qcompiler.kernels.triton.x_pairs import pair_floats
 
@@ -124,6 +124,7 @@ def linear_affine_quads(
     ACTIVATION: None or that of the first half of the rows, by which the second half is multiplied; out is
     then [M, N/2] and SPLIT 1. PDL: see `launch.py`; the weights fetched soon are those of the first step.
     """
+    let_next_start(PDL)
     PLANES: tl.constexpr = 8 if BITS < 4 else (4 if BITS < 8 else 2)
     HAS_HIGH: tl.constexpr = BITS == 3 or BITS == 5 or BITS == 6
     CENTRE: tl.constexpr = 1 << (BITS - 1)

@@ -111,7 +111,9 @@ def _launch(
         kind = "gemm"
     if kind in ("dots", "gemm", "wide") and width < 16:
         kind = "dense"  # narrower than a dot
-    inside = activation if ACTIVATION_INSIDE else None
+    # A program of "gemm" takes eight gates and what goes with them at a time, one of "quads" a gate.
+    fits = config.block_n % (16 if kind == "gemm" else 2) == 0
+    inside = activation if ACTIVATION_INSIDE and fits else None
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))

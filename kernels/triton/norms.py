@@ -10,6 +10,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.triton.launch import (
     as_rows,
     early_start,
+    let_next_start,
     next_power_of_2,
     on_device,
     prefetch,
@@ -54,6 +55,7 @@ def rms_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (rows / BLOCK_ROWS,). out and, if ADD, total = x + residual are contiguous [rows, COLUMNS]."""
+    let_next_start(PDL)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)
@@ -101,6 +103,7 @@ def layer_norm_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (rows / BLOCK_ROWS,). out [rows, COLUMNS] is contiguous."""
+    let_next_start(PDL)
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < COLUMNS)

@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.ops.rotary import broadcast_table
-from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
+from qcompiler.kernels.triton.launch import (
+    early_start,
+    let_next_start,
+    next_power_of_2,
+    on_device,
+    wait_for_earlier,
+)
 
 _TILE = 2048
 
@@ -96,6 +102,7 @@ def rotary_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (B · T, H / BLOCK_HEADS)."""
+    let_next_start(PDL)
     batch = tl.program_id(0).to(tl.int64) // length
     token = tl.program_id(0).to(tl.int64) % length
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]

@@ -14,7 +14,7 @@ import triton.language as tl
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
-from qcompiler.kernels.ops.rotary_kv_append import check_rotary_append
+from qcompiler.kernels.ops.rotary_kv_append import check_plain_pages, check_rotary_append
 from qcompiler.kernels.triton.kv_append import kv_append
 from qcompiler.kernels.triton.kv_append_quantized import (
     append_rows,
@@ -22,7 +22,13 @@ from qcompiler.kernels.triton.kv_append_quantized import (
     kv_append_quantized,
     store_rows,
 )
-from qcompiler.kernels.triton.launch import early_start, next_power_of_2, on_device, wait_for_earlier
+from qcompiler.kernels.triton.launch import (
+    early_start,
+    let_next_start,
+    next_power_of_2,
+    on_device,
+    wait_for_earlier,
+)
 from qcompiler.kernels.triton.rotary import rotary, rotate_heads
 
 # Whether one kernel does it all, or those of the ops that it stands for do it in turn.
@@ -94,6 +100,7 @@ def rotary_kv_append_kernel(
     PDL: tl.constexpr,
 ):
     """Grid: (tokens, blocks of BLOCK_HEADS query heads and of as many key heads). out [tokens, HEADS, D]."""
+    let_next_start(PDL)
     wait_for_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -178,6 +185,7 @@ def rotary_kv_append_quantized_kernel(
     PDL: tl.constexpr,
 ):
     """Grid and out as in `rotary_kv_append_kernel`; pages and scales as in `kv_append_quantized_kernel`."""
+    let_next_start(PDL)
     wait_for_earlier(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -238,7 +246,8 @@ def rotary_kv_append(
     interleaved: bool,
 ) -> torch.Tensor:
     """CUDA provider of `qcompiler::rotary_kv_append`."""
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
+    check_plain_pages(k, v, k_pages, v_pages)
     _check_pages(k_pages, v_pages)
     out = q.new_empty(q.shape)
     if out.numel() == 0:
@@ -274,7 +283,7 @@ def rotary_kv_append_quantized(
     format: str,
 ) -> torch.Tensor:
     """CUDA provider of `qcompiler::rotary_kv_append_quantized`."""
-    check_rotary_append(q, k, cos, sin)
+    check_rotary_append(q, k, v, cos, sin)
     check_append(k, v, k_pages, v_pages, k_scales, v_scales, format)
     _check_pages(k_pages, v_pages)
     out = q.new_empty(q.shape)

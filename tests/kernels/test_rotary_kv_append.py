@@ -99,6 +99,7 @@ def test_opcheck():
         (lambda q, k, cos: (q, k, cos[:, :5]), "are not \\[tokens, rotated"),
         (lambda q, k, cos: (q, k[..., :8], cos), "of the same tokens and channels"),
         (lambda q, k, cos: (q[..., :8], k[..., :8], cos), "24 columns cannot rotate 8"),
+        (lambda q, k, cos: (q, k[:, :2], cos), "v .* is not"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
@@ -109,6 +110,12 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
 
 
 one_launch_or_three = pytest.mark.parametrize("one", [True, False], ids=["one launch", "three"])
+
+
+def test_pages_of_other_heads_are_refused():
+    q, k, v, cos, sin, slots = case()
+    with pytest.raises(InvalidInputError, match=r"v_pages are .* not \[pages, page_size, 3, 10\]"):
+        _ops.rotary_kv_append(q, k, v, cos, sin, *plain_pages(24, 9), slots, False)
 
 
 @on_triton
