@@ -35,7 +35,7 @@ from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_b
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
 _DOTS_BITS = (2, 3, 4, 6)  # fit bfloat16's mantissa, and the high bits of a code lie in one byte
-# Whether "quads", "dots" and "gemm" compute the activation of a gated linear themselves, or a kernel of its own.
+# Whether "quads", "dots" and "gemm" compute a gated linear's activation themselves, or a kernel of its own.
 ACTIVATION_INSIDE = True
 
 
