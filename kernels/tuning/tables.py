@@ -19,7 +19,7 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-KINDS = ("gemv", "quads", "gemm", "wide", "dense")
+KINDS = ("gemv", "quads", "gemm", "wide", "stream", "dense")
 
 
 @dataclass(frozen=True)

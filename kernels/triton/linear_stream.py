@@ -1,0 +1,124 @@
+"""Launches `linear_affine_stream`: which tensors it takes, its rings, programs and parts of tiles."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qcompiler.kernels.triton.linear_launch import device_facts
+from qcompiler.kernels.tuning.tables import LinearConfig
+
+_SHARED = 226 * 1024  # bytes of shared memory that the rings of one multiprocessor share
+_BLOCK = 256  # codes of a row that a step takes
+_PLANES = 4
+
+
+def stream_takes(
+    x: torch.Tensor, low: torch.Tensor, sides: torch.Tensor, bits: int, group_size: int, width: int
+) -> bool:
+    """Whether the kernel can run: 4 bits in groups of 64 on Hopper, and rows that the copy engine can read."""
+    if (bits, group_size, width) != (4, 64, 64) or x.device.type != "cuda":
+        return False
+    if torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    readable = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 for t in (x, low, sides))
+    return readable and all(t.stride(0) * t.element_size() % 16 == 0 for t in (x, low, sides))
+
+
+def linear_stream(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: LinearConfig,
+    rings: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
+    """y [M, N] of x [M, K] by `linear_affine_stream`; for what `stream_takes`.
+
+    split_k 1 gives every program whole tiles; more divides a tile between up to so many.
+    """
+    from qcompiler.kernels.triton.linear_affine_stream import linear_affine_stream, sum_parts
+
+    tokens, in_features = x.shape
+    out_features = low.shape[0]
+    bn, bm, warps = config.block_n, config.block_m, config.num_warps
+    per_sm = 8 // warps
+    ws, xs, xp = rings or ring_sizes(bn, bm, config.num_stages, per_sm)
+    tiles_m = triton.cdiv(tokens, bm)
+    tiles = tiles_m * triton.cdiv(out_features, bn)
+    blocks = triton.cdiv(in_features, _BLOCK)
+    _, sms = device_facts(x.device)
+    programs = min(sms * per_sm, tiles * min(config.split_k, blocks))
+    unit = blocks if config.split_k == 1 else 1
+    divided = unit == 1 and tiles % programs != 0
+    out = x.new_empty((tokens, out_features))
+    parts = x.new_empty((2 * programs, bm, bn) if divided else (1,), dtype=torch.float32)
+    linear_affine_stream[(programs,)](
+        _descriptor(x, bm, 64),
+        _descriptor(low, bn, 32),
+        _descriptor(sides, bn, 4),
+        out,
+        parts,
+        bias if bias is not None else x,
+        tokens,
+        out_features,
+        tiles_m,
+        tiles,
+        blocks,
+        unit,
+        BN=bn,
+        BM=bm,
+        WS=ws,
+        XS=xs,
+        XP=xp,
+        HAS_BIAS=bias is not None,
+        HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        num_warps=warps,
+        maxnreg=168 if per_sm == 1 else 128,
+    )
+    if divided:
+        rows = min(bm, max(1, 4096 // bn))
+        sum_parts[(tiles, bm // rows)](
+            parts,
+            out,
+            bias if bias is not None else x,
+            tokens,
+            out_features,
+            tiles_m,
+            tiles,
+            blocks,
+            programs,
+            BN=bn,
+            BM=bm,
+            BLOCK_M=rows,
+            HAS_BIAS=bias is not None,
+            num_warps=4,
+        )
+    return out
+
+
+@lru_cache(maxsize=256)
+def ring_sizes(block_n: int, block_m: int, word_buffers: int, per_sm: int) -> tuple[int, int, int]:
+    """Buffers of words, buffers of x, and planes of x per buffer."""
+    planes = _PLANES if block_m <= 64 else 1
+    left = _SHARED // per_sm - word_buffers * block_n * (32 + 4) * 4
+    return word_buffers, max(2, min(4 * word_buffers, left // (planes * block_m * 64 * 2))), planes
+
+
+def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = _layout(rows, columns, tensor.dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+
+
+@lru_cache(maxsize=256)
+def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    names = {torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
