@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra import cuda
 
 # Codes of one plane of a block, planes of a 4-bit block, and words of a row's block: the format's, for 4 bits.
 WIDTH = gl.constexpr(64)
@@ -166,6 +167,7 @@ def _copy_words(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr,
     word_full, word_empty, x_full, x_empty = bars
     tiles, tiles_m, blocks, unit = numbers
     begin, end = _run(gl.program_id(0), gl.num_programs(0), tiles, blocks, unit)
+    cuda.gdc_wait()
     for step in range(begin, end):
         block = step % blocks
         first = step // blocks // tiles_m * BN
@@ -187,6 +189,7 @@ def _copy_x(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr, WS:
     tiles, tiles_m, blocks, unit = numbers
     begin, end = _run(gl.program_id(0), gl.num_programs(0), tiles, blocks, unit)
     ix = begin * 0
+    cuda.gdc_wait()
     for step in range(begin, end):
         block = step % blocks
         first = step // blocks % tiles_m * BM
@@ -309,6 +312,7 @@ def linear_affine_stream(
     or 32 times the warps. `blocks` of 256 codes per row; unit = blocks for whole tiles, 1 to divide them.
     parts float32 [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer.
     """
+    cuda.gdc_launch_dependents()
     word_ring = gl.allocate_shared_memory(gl.int32, [WS, BN, 32], word_desc.layout)
     side_ring = gl.allocate_shared_memory(gl.int32, [WS, BN, 4], side_desc.layout)
     x_ring = gl.allocate_shared_memory(HALF, [XS * XP, BM, 64], x_desc.layout)
@@ -354,19 +358,23 @@ def sum_parts(
     BM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tiles, BM / BLOCK_M): the tiles of `linear_affine_stream` that more than one program worked on."""
     tile = tl.program_id(0)
     steps = tiles * blocks
     owner = ((tile * blocks + 1) * programs - 1) // steps
     final = ((tile + 1) * blocks * programs - 1) // steps
+    if PDL:
+        cuda.gdc_wait()
     if owner < final:
         n = tl.arange(0, BN)
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         at = parts + m[:, None] * BN + n[None, :]
         y = tl.load(at + (2 * owner + 1) * (BN * BM))
-        for other in range(owner + 1, final + 1):
-            y += tl.load(at + 2 * other * (BN * BM))
+        while owner < final:
+            owner += 1
+            y += tl.load(at + 2 * owner * (BN * BM))
         n += tile // tiles_m * BN
         m += tile % tiles_m * BM
         if HAS_BIAS:

@@ -12,9 +12,10 @@ import triton.language as tl
 from qcompiler.kernels.triton.linear_launch import device_facts
 from qcompiler.kernels.tuning.tables import LinearConfig
 
-_SHARED = 226 * 1024  # bytes of shared memory that the rings of one multiprocessor share
+_SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiprocessor share
 _BLOCK = 256  # codes of a row that a step takes
 _PLANES = 4
+EARLY = True
 
 
 def stream_takes(
@@ -79,6 +80,7 @@ def linear_stream(
         HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         num_warps=warps,
         maxnreg=168 if per_sm == 1 else 128,
+        launch_pdl=EARLY,
     )
     if divided:
         rows = min(bm, max(1, 4096 // bn))
@@ -96,7 +98,9 @@ def linear_stream(
             BM=bm,
             BLOCK_M=rows,
             HAS_BIAS=bias is not None,
+            PDL=EARLY,
             num_warps=4,
+            launch_pdl=EARLY,
         )
     return out
 
