@@ -26,12 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-# Codes of one plane of a block, planes of a 4-bit block, and words of a row's block: the format's, for 4 bits.
-WIDTH = gl.constexpr(64)
-PLANES = gl.constexpr(4)
-WORDS = gl.constexpr(32)
-
-
 @gluon.constexpr_function
 def _warp_rows(warps):
     """Bases of the warps: 16 rows each."""
@@ -45,27 +39,33 @@ def _more_rows(rows, warps):
 
 
 @gluon.constexpr_function
-def words_layout(rows, warps):
-    """Words [rows, 32] of shared memory: a thread has rows 2i and 2i + 1, words q, q + 4, q + 8 and so on."""
-    reg_bases = [[1, 0], [0, 4], [0, 8], [0, 16]] + _more_rows(rows, warps)
+def _more_words(words):
+    """Bases of the words of a row that the same thread has."""
+    return [[0, 4], [0, 8], [0, 16]][: 2 if words == 16 else 3]
+
+
+@gluon.constexpr_function
+def words_layout(rows, words, warps):
+    """Words of shared memory: a thread has rows 2i and 2i + 1, words q, q + 4, q + 8 and so on."""
+    reg_bases = [[1, 0], *_more_words(words), *_more_rows(rows, warps)]
     lane_bases = [[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]]
-    return gl.DistributedLinearLayout(reg_bases, lane_bases, _warp_rows(warps), [], [rows, 32])
+    return gl.DistributedLinearLayout(reg_bases, lane_bases, _warp_rows(warps), [], [rows, words])
 
 
 @gluon.constexpr_function
 def sides_layout(rows, warps):
     """Sides [rows, 4], distributed by rows as the words are."""
-    reg_bases = [[0, 1], [0, 2], [1, 0]] + _more_rows(rows, warps)
+    reg_bases = [[0, 1], [0, 2], [1, 0], *_more_rows(rows, warps)]
     lane_bases = [[0, 0], [0, 0], [2, 0], [4, 0], [8, 0]]
     return gl.DistributedLinearLayout(reg_bases, lane_bases, _warp_rows(warps), [], [rows, 4])
 
 
 @gluon.constexpr_function
-def pairs_layout(rows, warps):
-    """Pairs [rows, 32] as wgmma's left operand has them, after rows were dealt out."""
-    reg_bases = [[8, 0], [0, 4], [0, 8], [0, 16]] + _more_rows(rows, warps)
+def pairs_layout(rows, words, warps):
+    """Pairs of codes as wgmma's left operand has them, after rows were dealt out."""
+    reg_bases = [[8, 0], *_more_words(words), *_more_rows(rows, warps)]
     lane_bases = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(reg_bases, lane_bases, _warp_rows(warps), [], [rows, 32])
+    return gl.DistributedLinearLayout(reg_bases, lane_bases, _warp_rows(warps), [], [rows, words])
 
 
 @gluon.constexpr_function
@@ -108,47 +108,86 @@ def _twice(side, UPPER: gl.constexpr):
         )
 
 
+@gluon.constexpr_function
+def _shift(bits, plane):
+    """How far words are shifted for a plane; several 2- and 3-bit planes fit below a bf16's exponent."""
+    return 4 * plane if bits == 4 else 6 * (plane // 3)
+
+
+@gluon.constexpr_function
+def _decode(bits, plane, half):
+    """Assembly of (code - 2^(bits-1))·scale + offset for both codes of a plane in a (shifted) word.
+
+    The codes stay at bit `at` of the two mantissas and count 2^at too much until the first fma, which is exact.
+    """
+    at = 0 if bits == 4 else 2 * (plane % 3)
+    mask = (3 if bits < 4 else 15) << at
+    centre = 1 << (bits - 1)
+    magic, exponent, mantissa = (0x4300, 127, 7) if half == "bf16" else (0x6400, 15, 10)
+    one = (exponent - at) << mantissa
+    base = (1 << mantissa >> at) + centre  # of magic once scaled, and the centre
+    top = base.bit_length() - 1
+    base = 0x8000 + (exponent + top << mantissa) + (base - (1 << top) << mantissa >> top)
+    kind = "bf16x2" if half == "bf16" else "f16x2"
+    lines = [
+        ".reg .b32 t, one, base;",
+        f"mov.b32 one, {one * 0x10001};",
+        f"mov.b32 base, {base * 0x10001};",
+        f"lop3.b32 t, $1, {mask * 0x10001}, {magic * 0x10001}, 0xEA;",
+        f"fma.rn.{kind} t, t, one, base;",
+        f"fma.rn.{kind} $0, t, $2, $3;",
+    ]
+    if bits == 3:
+        # $4: upper bits, moved to where they belong
+        lines.insert(4, f"lop3.b32 t, $4, {(4 << at) * 0x10001}, t, 0xEA;")
+    return "{" + " ".join(lines) + "}"
+
+
 @gluon.jit
-def _pairs(word, scale, offset, HALF: gl.constexpr):
-    """(code - 8)·scale + offset for the codes in bits 0-3 and 16-19 of a word, as two halves of an int32."""
-    if HALF == gl.bfloat16:
+def _pairs(word, upper, scale, offset, j: gl.constexpr, BITS: gl.constexpr, HALF: gl.constexpr):
+    """Both codes of plane j as two halves of an int32."""
+    ASM: gl.constexpr = _decode(BITS, j, "bf16" if HALF == gl.bfloat16 else "fp16")
+    word = word >> _shift(BITS, j)
+    if BITS == 3:
+        # from bit j to bit 2 + 2·(j % 3)
+        LEFT: gl.constexpr = 2 + 2 * (j % 3) - j
+        upper = upper << LEFT if LEFT >= 0 else upper >> -LEFT
         return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, one, base;
-            mov.b32 one, 0x3F803F80;
-            mov.b32 base, 0xC308C308;
-            lop3.b32 t, $1, 0x000F000F, 0x43004300, 0xEA;
-            fma.rn.bf16x2 t, t, one, base;
-            fma.rn.bf16x2 $0, t, $2, $3;
-            }""",
-            "=r,r,r,r", [word, scale, offset], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            ASM, "=r,r,r,r,r", [word, scale, offset, upper], dtype=gl.int32, is_pure=True, pack=1
+        )
     else:
         return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, one, base;
-            mov.b32 one, 0x3C003C00;
-            mov.b32 base, 0xE408E408;
-            lop3.b32 t, $1, 0x000F000F, 0x64006400, 0xEA;
-            fma.rn.f16x2 t, t, one, base;
-            fma.rn.f16x2 $0, t, $2, $3;
-            }""",
-            "=r,r,r,r", [word, scale, offset], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            ASM, "=r,r,r,r", [word, scale, offset], dtype=gl.int32, is_pure=True, pack=1
+        )
 
 
 @gluon.jit
-def _weights(words, side, j: gl.constexpr, ROWS: gl.constexpr, OPERAND: gl.constexpr, HALF: gl.constexpr):
-    """Plane j of words [ROWS, 32] as the left operand [ROWS, 64]; side [ROWS]."""
+def _weights(words, upper, side, j: gl.constexpr, BITS: gl.constexpr, OPERAND: gl.constexpr, HALF: gl.constexpr):
+    """Plane j of words [rows, words] as the left operand [rows, 2·words]; side [rows]."""
     scale = _twice(side, False).expand_dims(1)
     offset = _twice(side, True).expand_dims(1)
     scale, _ = gl.broadcast(scale, words)
     offset, _ = gl.broadcast(offset, words)
-    pair = _pairs(words >> (4 * j), scale, offset, HALF)
+    pair = _pairs(words, upper, scale, offset, j, BITS, HALF)
     even = (pair & 0xFFFF).to(gl.int16).to(HALF, bitcast=True)
     odd = (pair >> 16).to(gl.int16).to(HALF, bitcast=True)
-    both = gl.join(even, odd).reshape([ROWS, 2 * 32])
+    both = gl.join(even, odd).reshape([words.shape[0], 2 * words.shape[1]])
     return gl.convert_layout(both, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _sides_of_block(sides, block, ROWS: gl.constexpr, SIDES: gl.constexpr):
+    """Four of [ROWS], or fewer where a block has fewer groups; sides [ROWS, 4] of the block and its neighbours."""
+    even, odd = gl.split(sides.reshape([ROWS, 2, 2]))
+    side0, side2 = gl.split(even)
+    side1, side3 = gl.split(odd)
+    if SIDES == 4:
+        return side0, side1, side2, side3
+    elif SIDES == 2:
+        return gl.where(block % 2 == 0, side0, side2), gl.where(block % 2 == 0, side1, side3)
+    else:
+        low = gl.where(block % 2 == 0, side0, side1)
+        return (gl.where(block % 4 < 2, low, gl.where(block % 2 == 0, side2, side3)),)
 
 
 @gluon.jit
@@ -159,11 +198,24 @@ def _run(program, programs, tiles, blocks, unit):
 
 
 @gluon.jit
-def _copy_words(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr, WS: gl.constexpr, XS: gl.constexpr,
-                XP: gl.constexpr):
+def _copy_words(
+    descs,
+    rings,
+    bars,
+    numbers,
+    BITS: gl.constexpr,
+    SIDES: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    WS: gl.constexpr,
+    XS: gl.constexpr,
+    XP: gl.constexpr,
+):
     """A copying warp: words and sides of every block of the program's run."""
-    x_desc, word_desc, side_desc = descs
-    word_ring, side_ring, x_ring = rings
+    x_desc, word_desc, high_desc, side_desc = descs
+    word_ring, high_ring, side_ring, x_ring = rings
+    WORDS: gl.constexpr = word_ring.shape[2]
+    PLANES: gl.constexpr = 8 if BITS < 4 else 4
     word_full, word_empty, x_full, x_empty = bars
     tiles, tiles_m, blocks, unit = numbers
     begin, end = _run(gl.program_id(0), gl.num_programs(0), tiles, blocks, unit)
@@ -174,17 +226,34 @@ def _copy_words(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr,
         slot = (step - begin) % WS
         mbarrier.wait(word_empty.index(slot), ((step - begin) // WS & 1) ^ 1)
         full = word_full.index(slot)
-        mbarrier.expect(full, BN * 32 * 4 + BN * 4 * 4)
-        tma.async_copy_global_to_shared(word_desc, [first, block * 32], full, word_ring.index(slot))
-        tma.async_copy_global_to_shared(side_desc, [first, block * 4], full, side_ring.index(slot))
+        HIGH: gl.constexpr = BN * WORDS * 2 if BITS == 3 else 0
+        mbarrier.expect(full, BN * WORDS * 4 + HIGH + BN * 4 * 4)
+        tma.async_copy_global_to_shared(word_desc, [first, block * WORDS], full, word_ring.index(slot))
+        if BITS == 3:
+            tma.async_copy_global_to_shared(high_desc, [first, block * WORDS], full, high_ring.index(slot))
+        side = block * SIDES // 4 * 4
+        tma.async_copy_global_to_shared(side_desc, [first, side], full, side_ring.index(slot))
 
 
 @gluon.jit
-def _copy_x(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr, WS: gl.constexpr, XS: gl.constexpr,
-            XP: gl.constexpr):
+def _copy_x(
+    descs,
+    rings,
+    bars,
+    numbers,
+    BITS: gl.constexpr,
+    SIDES: gl.constexpr,
+    BN: gl.constexpr,
+    BM: gl.constexpr,
+    WS: gl.constexpr,
+    XS: gl.constexpr,
+    XP: gl.constexpr,
+):
     """The other copying warp: x of every plane, XP planes to a buffer."""
-    x_desc, word_desc, side_desc = descs
-    word_ring, side_ring, x_ring = rings
+    x_desc, word_desc, high_desc, side_desc = descs
+    word_ring, high_ring, side_ring, x_ring = rings
+    WORDS: gl.constexpr = word_ring.shape[2]
+    PLANES: gl.constexpr = 8 if BITS < 4 else 4
     word_full, word_empty, x_full, x_empty = bars
     tiles, tiles_m, blocks, unit = numbers
     begin, end = _run(gl.program_id(0), gl.num_programs(0), tiles, blocks, unit)
@@ -193,13 +262,13 @@ def _copy_x(descs, rings, bars, numbers, BN: gl.constexpr, BM: gl.constexpr, WS:
     for step in range(begin, end):
         block = step % blocks
         first = step // blocks % tiles_m * BM
-        for p in gl.static_range(4 // XP):
+        for p in gl.static_range(PLANES // XP):
             slot = ix % XS
             mbarrier.wait(x_empty.index(slot), (ix // XS & 1) ^ 1)
             full = x_full.index(slot)
-            mbarrier.expect(full, XP * BM * 64 * 2)
+            mbarrier.expect(full, XP * BM * WORDS * 4)
             for q in gl.static_range(XP):
-                k = (block * 4 + p * XP + q) * 64
+                k = (block * PLANES + p * XP + q) * 2 * WORDS
                 tma.async_copy_global_to_shared(x_desc, [first, k], full, x_ring.index(slot * XP + q))
             ix += 1
 
@@ -211,6 +280,8 @@ def _multiply(
     bars,
     numbers,
     sizes,
+    BITS: gl.constexpr,
+    SIDES: gl.constexpr,
     BN: gl.constexpr,
     BM: gl.constexpr,
     WS: gl.constexpr,
@@ -225,10 +296,12 @@ def _multiply(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BM, 16]
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    PAIRS: gl.constexpr = pairs_layout(BN, WARPS)
     RESULT: gl.constexpr = result_layout(BN, BM, WARPS)
     out, parts, bias = pointers
-    word_ring, side_ring, x_ring = rings
+    word_ring, high_ring, side_ring, x_ring = rings
+    WORDS: gl.constexpr = word_ring.shape[2]
+    PLANES: gl.constexpr = 8 if BITS < 4 else 4
+    PAIRS: gl.constexpr = pairs_layout(BN, WORDS, WARPS)
     word_full, word_empty, x_full, x_empty = bars
     tiles, tiles_m, blocks, unit = numbers
     M, N = sizes
@@ -245,17 +318,20 @@ def _multiply(
             iw = step - begin + block - first
             slot = iw % WS
             mbarrier.wait(word_full.index(slot), iw // WS & 1)
-            words = word_ring.index(slot).load(words_layout(BN, WARPS))
+            words = word_ring.index(slot).load(words_layout(BN, WORDS, WARPS))
             sides = side_ring.index(slot).load(sides_layout(BN, WARPS))
+            upper = words
+            if BITS == 3:
+                upper = high_ring.index(slot).load(words_layout(BN, WORDS, WARPS)).to(gl.int32)
+                upper = (upper & 0x00FF) | ((upper & 0xFF00) << 8)
             mbarrier.arrive(word_empty.index(slot), count=1)
-            words = gl.convert_layout(_deal_rows(words, BN, 32), PAIRS, assert_trivial=True)
-            even, odd = gl.split(_deal_rows(sides, BN, 4).reshape([BN, 2, 2]))
-            side0, side2 = gl.split(even)
-            side1, side3 = gl.split(odd)
-            of_plane = (side0, side1, side2, side3)
-            for j in gl.static_range(4):
-                side = gl.convert_layout(of_plane[j], gl.SliceLayout(1, PAIRS), assert_trivial=True)
-                weight = _weights(words, side, j, BN, OPERAND, HALF)
+            words = gl.convert_layout(_deal_rows(words, BN, WORDS), PAIRS, assert_trivial=True)
+            upper = gl.convert_layout(_deal_rows(upper, BN, WORDS), PAIRS, assert_trivial=True)
+            of_block = _sides_of_block(_deal_rows(sides, BN, 4), block, BN, SIDES)
+            for j in gl.static_range(PLANES):
+                side = of_block[j * SIDES // PLANES]
+                side = gl.convert_layout(side, gl.SliceLayout(1, PAIRS), assert_trivial=True)
+                weight = _weights(words, upper, side, j, BITS, OPERAND, HALF)
                 if j % XP == 0:
                     mbarrier.wait(x_full.index(ix % XS), ix // XS & 1)
                 held = x_ring.index(ix % XS * XP + j % XP).permute((1, 0))
@@ -288,6 +364,7 @@ def _multiply(
 def linear_affine_stream(
     x_desc,
     word_desc,
+    high_desc,
     side_desc,
     out,
     parts,
@@ -298,6 +375,8 @@ def linear_affine_stream(
     tiles,
     blocks,
     unit,
+    BITS: gl.constexpr,
+    SIDES: gl.constexpr,
     BN: gl.constexpr,
     BM: gl.constexpr,
     WS: gl.constexpr,
@@ -313,9 +392,13 @@ def linear_affine_stream(
     parts float32 [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer.
     """
     cuda.gdc_launch_dependents()
-    word_ring = gl.allocate_shared_memory(gl.int32, [WS, BN, 32], word_desc.layout)
+    WORDS: gl.constexpr = word_desc.block_shape[1]
+    word_ring = gl.allocate_shared_memory(gl.int32, [WS, BN, WORDS], word_desc.layout)
+    high_ring = word_ring
+    if BITS == 3:
+        high_ring = gl.allocate_shared_memory(gl.int16, [WS, BN, WORDS], high_desc.layout)
     side_ring = gl.allocate_shared_memory(gl.int32, [WS, BN, 4], side_desc.layout)
-    x_ring = gl.allocate_shared_memory(HALF, [XS * XP, BM, 64], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(HALF, [XS * XP, BM, 2 * WORDS], x_desc.layout)
     word_full = gl.allocate_shared_memory(gl.int64, [WS, 1], mbarrier.MBarrierLayout())
     word_empty = gl.allocate_shared_memory(gl.int64, [WS, 1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [XS, 1], mbarrier.MBarrierLayout())
@@ -326,17 +409,17 @@ def linear_affine_stream(
     for i in gl.static_range(XS):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=1)
-    rings = (word_ring, side_ring, x_ring)
+    rings = (word_ring, high_ring, side_ring, x_ring)
     bars = (word_full, word_empty, x_full, x_empty)
     numbers = (tiles, tiles_m, blocks, unit)
     pointers = (out, parts, bias)
     sizes = (M, N)
-    descs = (x_desc, word_desc, side_desc)
+    descs = (x_desc, word_desc, high_desc, side_desc)
     gl.warp_specialize(
         [
-            (_multiply, (pointers, rings, bars, numbers, sizes, BN, BM, WS, XS, XP, HAS_BIAS, HALF)),
-            (_copy_words, (descs, rings, bars, numbers, BN, BM, WS, XS, XP)),
-            (_copy_x, (descs, rings, bars, numbers, BN, BM, WS, XS, XP)),
+            (_multiply, (pointers, rings, bars, numbers, sizes, BITS, SIDES, BN, BM, WS, XS, XP, HAS_BIAS, HALF)),
+            (_copy_words, (descs, rings, bars, numbers, BITS, SIDES, BN, BM, WS, XS, XP)),
+            (_copy_x, (descs, rings, bars, numbers, BITS, SIDES, BN, BM, WS, XS, XP)),
         ],
         [1, 1],
         [24, 24],

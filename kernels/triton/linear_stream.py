@@ -14,27 +14,38 @@ from qcompiler.kernels.tuning.tables import LinearConfig
 
 _SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiprocessor share
 _BLOCK = 256  # codes of a row that a step takes
-_PLANES = 4
+_WIDTHS = {2: 32, 3: 32, 4: 64}  # codes per plane of such a block
 EARLY = True
 
 
 def stream_takes(
-    x: torch.Tensor, low: torch.Tensor, sides: torch.Tensor, bits: int, group_size: int, width: int
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bits: int,
+    group_size: int,
+    width: int,
 ) -> bool:
-    """Whether the kernel can run: 4 bits in groups of 64 on Hopper, and rows that the copy engine can read."""
-    if (bits, group_size, width) != (4, 64, 64) or x.device.type != "cuda":
+    """Whether the kernel can run: on Hopper, with whole groups of a block, and rows the copy engine can read."""
+    if _WIDTHS.get(bits) != width or group_size not in (64, 128, 256) or x.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(x.device)[0] != 9:
         return False
-    readable = all(t.data_ptr() % 16 == 0 and t.stride(1) == 1 for t in (x, low, sides))
-    return readable and all(t.stride(0) * t.element_size() % 16 == 0 for t in (x, low, sides))
+    read = [t for t in (x, low, high, sides) if t is not None]
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in read
+    )
 
 
 def linear_stream(
     x: torch.Tensor,
     low: torch.Tensor,
+    high: torch.Tensor | None,
     sides: torch.Tensor,
     bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
     config: LinearConfig,
     rings: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
@@ -48,7 +59,8 @@ def linear_stream(
     out_features = low.shape[0]
     bn, bm, warps = config.block_n, config.block_m, config.num_warps
     per_sm = 8 // warps
-    ws, xs, xp = rings or ring_sizes(bn, bm, config.num_stages, per_sm)
+    width = _WIDTHS[bits]
+    ws, xs, xp = rings or ring_sizes(bits, bn, bm, config.num_stages, per_sm)
     tiles_m = triton.cdiv(tokens, bm)
     tiles = tiles_m * triton.cdiv(out_features, bn)
     blocks = triton.cdiv(in_features, _BLOCK)
@@ -59,8 +71,9 @@ def linear_stream(
     out = x.new_empty((tokens, out_features))
     parts = x.new_empty((2 * programs, bm, bn) if divided else (1,), dtype=torch.float32)
     linear_affine_stream[(programs,)](
-        _descriptor(x, bm, 64),
-        _descriptor(low, bn, 32),
+        _descriptor(x, bm, width),
+        _descriptor(low, bn, width // 2),
+        _descriptor(high if high is not None else low, bn, width // 2),
         _descriptor(sides, bn, 4),
         out,
         parts,
@@ -71,6 +84,8 @@ def linear_stream(
         tiles,
         blocks,
         unit,
+        BITS=bits,
+        SIDES=_BLOCK // group_size,
         BN=bn,
         BM=bm,
         WS=ws,
@@ -106,11 +121,16 @@ def linear_stream(
 
 
 @lru_cache(maxsize=256)
-def ring_sizes(block_n: int, block_m: int, word_buffers: int, per_sm: int) -> tuple[int, int, int]:
-    """Buffers of words, buffers of x, and planes of x per buffer."""
-    planes = _PLANES if block_m <= 64 else 1
-    left = _SHARED // per_sm - word_buffers * block_n * (32 + 4) * 4
-    return word_buffers, max(2, min(4 * word_buffers, left // (planes * block_m * 64 * 2))), planes
+def ring_sizes(
+    bits: int, block_n: int, block_m: int, word_buffers: int, per_sm: int = 1
+) -> tuple[int, int, int]:
+    """Buffers of words, buffers of x, and planes of x per buffer: a block's for few tokens, else 64 codes'."""
+    width = _WIDTHS[bits]
+    planes = (_BLOCK if block_m <= 64 else 64) // width
+    words = width // 2 * (6 if bits == 3 else 4) + 4 * 4  # bytes of a row's block with its sides
+    left = _SHARED // per_sm - word_buffers * block_n * words
+    most = word_buffers * _BLOCK // (planes * width)
+    return word_buffers, max(2, min(most, left // (planes * block_m * width * 2))), planes
 
 
 def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
@@ -124,5 +144,5 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    names = {torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+    names = {torch.int32: gl.int32, torch.int16: gl.int16, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
     return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
