@@ -1,11 +1,11 @@
 """Launches the Triton kernels of `qcompiler::linear_affine_sides`; the reference's result up to rounding.
 
-Four roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to
-four tokens, "gemm" on tensor cores for a few, "wide" for many, or the "dense"
-weight and a library matmul. Nothing waits for the device and every buffer's
-size follows from the shapes, so all of it can stand in a CUDA graph. Split-K
-parts are summed by a second kernel in a fixed order: results are reproducible
-bit for bit.
+Roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to four
+tokens; on tensor cores "stream" for any number on Hopper, elsewhere "gemm" for
+a few and "wide" for many; or the "dense" weight and a library matmul. Nothing
+waits for the device and every buffer's size follows from the shapes, so all of
+it can stand in a CUDA graph. Parts of sums are added by a second kernel in a
+fixed order: results are reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from qcompiler.kernels.triton.linear_affine_dense import dequantize_sides_kernel
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
 from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.linear_stream import linear_stream, stream_takes
 from qcompiler.kernels.triton.x_pairs import as_pairs
-from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, heuristic, linear_config, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
@@ -67,9 +68,14 @@ def _launch(
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    if config is None:
-        config = _configured(rows, bits, group_size, out_features)
     width = block_width(bits, group_size, in_features)
+    wanted = tokens > 2 if config is None else config.kind == "stream"
+    streams = wanted and stream_takes(rows, low, high, sides, bits, group_size, width)
+    if config is None:
+        config = _configured(rows, bits, group_size, out_features, streams=streams)
+    if config.kind == "stream" and not streams:
+        dtype = str(x.dtype).removeprefix("torch.")
+        config = heuristic(bits, out_features, in_features, tokens, dtype, device_facts(x.device)[1])
     kind = config.kind
     # Fours of words lie within a block, and x is read as pairs of values.
     pairs = as_pairs(rows) if kind == "quads" and width >= 8 and tokens <= _MOST_QUAD_TOKENS else None
@@ -81,6 +87,8 @@ def _launch(
     if kind == "dense":
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    elif kind == "stream":
+        y = linear_stream(rows, low, high, sides, bias, bits, group_size, config)
     elif pairs is not None:
         y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config)
     else:
@@ -88,11 +96,13 @@ def _launch(
     return y.view(*x.shape[:-1], out_features)
 
 
-def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
+def _configured(
+    x: torch.Tensor, bits: int, group_size: int, out_features: int, *, streams: bool
+) -> LinearConfig:
     gpu, sms = device_facts(x.device)
     dtype = str(x.dtype).removeprefix("torch.")
     bucket = token_bucket(x.shape[0])
-    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype)
+    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype, streams=streams)
 
 
 def _quads(

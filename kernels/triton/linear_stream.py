@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from qcompiler.kernels.triton.linear_launch import device_facts
 from qcompiler.kernels.tuning.tables import LinearConfig
@@ -27,7 +28,7 @@ def stream_takes(
     group_size: int,
     width: int,
 ) -> bool:
-    """Whether the kernel can run: on Hopper, with whole groups of a block, and rows the copy engine can read."""
+    """Whether the kernel can run: Hopper, whole groups in a block, and rows that the copy engine can read."""
     if _WIDTHS.get(bits) != width or group_size not in (64, 128, 256) or x.device.type != "cuda":
         return False
     if torch.cuda.get_device_capability(x.device)[0] != 9:
@@ -49,11 +50,11 @@ def linear_stream(
     config: LinearConfig,
     rings: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
-    """y [M, N] of x [M, K] by `linear_affine_stream`; for what `stream_takes`.
+    """The product [M, N] of x [M, K] by `linear_affine_stream`; for what `stream_takes`.
 
     split_k 1 gives every program whole tiles; more divides a tile between up to so many.
     """
-    from qcompiler.kernels.triton.linear_affine_stream import linear_affine_stream, sum_parts
+    from qcompiler.kernels.triton.linear_affine_stream import linear_affine_stream
 
     tokens, in_features = x.shape
     out_features = low.shape[0]
@@ -124,7 +125,7 @@ def linear_stream(
 def ring_sizes(
     bits: int, block_n: int, block_m: int, word_buffers: int, per_sm: int = 1
 ) -> tuple[int, int, int]:
-    """Buffers of words, buffers of x, and planes of x per buffer: a block's for few tokens, else 64 codes'."""
+    """Buffers of words, buffers of x, and planes of x per buffer: a block's for few tokens, else 64 codes."""
     width = _WIDTHS[bits]
     planes = (_BLOCK if block_m <= 64 else 64) // width
     words = width // 2 * (6 if bits == 3 else 4) + 4 * 4  # bytes of a row's block with its sides
@@ -144,5 +145,45 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> Any:
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     from triton.experimental.gluon import language as gl
 
-    names = {torch.int32: gl.int32, torch.int16: gl.int16, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], names[dtype])
+    element = getattr(gl, str(dtype).removeprefix("torch."))
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
+
+
+@triton.jit
+def sum_parts(
+    parts,
+    out,
+    bias,
+    M,
+    N,
+    tiles_m,
+    tiles,
+    blocks,
+    programs,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles, BM / BLOCK_M): out [M, N] where several programs worked on a tile, arguments as theirs."""
+    tile = tl.program_id(0)
+    steps = tiles * blocks
+    owner = ((tile * blocks + 1) * programs - 1) // steps
+    final = ((tile + 1) * blocks * programs - 1) // steps
+    if PDL:
+        cuda.gdc_wait()
+    if owner < final:
+        n = tl.arange(0, BN)
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        at = parts + m[:, None] * BN + n[None, :]
+        y = tl.load(at + (2 * owner + 1) * (BN * BM))
+        while owner < final:
+            owner += 1
+            y += tl.load(at + 2 * owner * (BN * BM))
+        n += tile // tiles_m * BN
+        m += tile % tiles_m * BM
+        if HAS_BIAS:
+            y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        mask = (m[:, None] < M) & (n[None, :] < N)
+        tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], y.to(out.dtype.element_ty), mask=mask)

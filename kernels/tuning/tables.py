@@ -28,12 +28,12 @@ class LinearConfig:
 
     Args:
         kind: "gemv" or "quads" (float32 units), "gemm" or "wide" (tensor cores, fused, few or many tokens),
-            or "dense" (dequantize, library matmul).
+            "stream" (the same on Hopper, copying meanwhile) or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
-        split_k: Programs that share one output tile along in_features.
-        num_warps: Warps per program.
-        num_stages: Pipeline depth.
+        split_k: Programs that share one output tile along in_features; at most so many for "stream".
+        num_warps: Warps per program, those that only copy not counted.
+        num_stages: Pipeline depth, for "stream" that of the weight's words.
     """
 
     kind: str
@@ -87,14 +87,19 @@ def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
         raise ArtifactError(f"{path.name} is not a tuning table: {error}.") from error
 
 
-def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
+def heuristic(
+    bits: int, n: int, k: int, tokens: int, dtype: str, sms: int, *, streams: bool = False
+) -> LinearConfig:
     """A sane configuration where nothing was measured, in the pattern of what was measured on an H100.
 
     One or two tokens run on the float32 units; up to 512 on tensor cores with the weight dequantized in
     registers, for many of them one plane at a time beside a large tile of tokens; beyond that the weight is
-    written out once. float32 activations never use tensor cores, which would round them.
+    written out once. float32 activations never use tensor cores, which would round them. `streams`: the
+    streaming kernel takes the operands; it divides tiles so that every multiprocessor has work.
     """
     bucket = token_bucket(tokens)
+    if streams and tokens > 2:
+        return _stream(n, tokens, sms)
     if dtype == "float32":
         if tokens > 4:
             return LinearConfig("dense")
@@ -113,9 +118,29 @@ def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> L
     return LinearConfig(kind, block_n, block_m, split, warps, stages)
 
 
+def _stream(n: int, tokens: int, sms: int) -> LinearConfig:
+    """Tiles of up to 256 tokens; two small programs per multiprocessor, or one with many tokens."""
+    block_m = max(8, min(256, token_bucket(tokens)))
+    if block_m <= 64:
+        block_n, warps, stages = 64, 4, {8: 6, 16: 6, 32: 4, 64: 3}[block_m]
+    else:
+        block_n, warps, stages = 128, 8, 4 if block_m == 128 else 2
+    tiles = -(-n // block_n) * -(-tokens // block_m)
+    return LinearConfig("stream", block_n, block_m, 16 if tiles < 4 * sms else 1, warps, stages)
+
+
 @lru_cache(maxsize=4096)
 def linear_config(
-    gpu: str, sms: int, bits: int, group_size: int, n: int, k: int, bucket: int, dtype: str
+    gpu: str,
+    sms: int,
+    bits: int,
+    group_size: int,
+    n: int,
+    k: int,
+    bucket: int,
+    dtype: str,
+    *,
+    streams: bool = False,
 ) -> LinearConfig:
     """The table's entry, or the heuristic's.
 
@@ -128,6 +153,7 @@ def linear_config(
         k: in_features.
         bucket: `token_bucket` of the number of tokens.
         dtype: Of the activations, e.g. "bfloat16".
+        streams: Whether "stream" can run.
     """
     entry = load_table(gpu).get(table_key(bits, group_size, n, k, bucket, dtype)) if gpu else None
-    return entry or heuristic(bits, n, k, bucket, dtype, sms)
+    return entry or heuristic(bits, n, k, bucket, dtype, sms, streams=streams)

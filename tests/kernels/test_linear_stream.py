@@ -1,0 +1,145 @@
+"""The streaming GEMM: its assembly and its sums over shares of work anywhere, the kernel itself on Hopper."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from test_linear_affine_sides import prepared
+from test_linear_affine_triton import assert_close
+
+from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
+from qcompiler.kernels.triton.linear_affine_stream_codes import decode_asm, plane_shift
+from qcompiler.kernels.triton.linear_stream import linear_stream, ring_sizes, stream_takes, sum_parts
+from qcompiler.kernels.tuning.tables import LinearConfig
+
+ON_HOPPER = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no Hopper GPU"
+    ),
+]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def half2(bits: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([bits], dtype=torch.int64).to(torch.uint32).view(dtype)
+
+
+def word_of(pair: torch.Tensor) -> int:
+    return int(pair.view(torch.uint32).to(torch.int64))
+
+
+def run(asm: str, dtype: torch.dtype, arguments: list[int]) -> torch.Tensor:
+    """The two halves of $0 after lop3 and fma instructions on $1 and so on."""
+    registers = {f"${i + 1}": value for i, value in enumerate(arguments)}
+    for op, operands in re.findall(r"(mov|lop3|fma)[\w.]* ([^;]+);", asm):
+        target, *names = [part.strip() for part in operands.split(",")]
+        given = [registers[name] if name in registers else int(name, 0) for name in names]
+        if op == "mov":
+            registers[target] = given[0]
+        elif op == "lop3":
+            assert given[3] == 0xEA, "(a & b) | c"
+            registers[target] = given[0] & given[1] | given[2]
+        else:
+            a, b, c = (half2(value, dtype).double() for value in given)
+            registers[target] = word_of((a * b + c).to(dtype))
+    return half2(registers["$0"], dtype)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_code_of_every_plane_is_decoded_with_one_rounding(bits, half):
+    dtype, spec = HALVES[half], AffineSpec(bits, 64)
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (1, 256), dtype=torch.uint8, generator=generator)
+    tensors = AFFINE.pack(spec, codes, torch.ones(1, 4), torch.zeros(1, 4))
+    words = tensors["low"].shape[1]
+    scale, offset = torch.tensor([0.37, -1.7]).to(dtype)
+    for plane in range(256 // (2 * words)):
+        for i in range(words):
+            arguments = [int(tensors["low"][0, i]) >> plane_shift(bits, plane) & 0xFFFFFFFF]
+            arguments += [word_of(side.expand(2).contiguous()) for side in (scale, offset)]
+            if bits == 3:
+                high = int(tensors["high"][0, i]) & 0xFFFF
+                spread, left = high & 0xFF | (high & 0xFF00) << 8, 2 + 2 * (plane % 3) - plane
+                arguments.append(spread << left if left >= 0 else spread >> -left)
+            code = codes[0, 2 * words * plane + 2 * i : 2 * words * plane + 2 * i + 2].double()
+            wanted = ((code - 2 ** (bits - 1)) * scale.double() + offset.double()).to(dtype)
+            assert torch.equal(run(decode_asm(bits, plane, half), dtype, arguments), wanted)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "blocks", "programs"),
+    [(33, 249, 7, 10), (31, 184, 4, 17), (40, 105, 9, 16), (5, 70, 3, 6), (9, 64, 2, 2)],
+)
+def test_divided_tiles_are_summed_from_the_parts_of_all_their_programs(tokens, rows, blocks, programs):
+    """The kernel's shares, done in torch: whole tiles go to the output, the others to parts."""
+    bn, bm = 64, 16
+    tiles_m, tiles_n = -(-tokens // bm), -(-rows // bn)
+    steps = torch.randn(tiles_m * tiles_n * blocks, bm, bn, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(rows)
+    wanted = steps.view(tiles_n, tiles_m, blocks, bm, bn).sum(2).permute(1, 2, 0, 3).reshape(tiles_m * bm, -1)
+    wanted = wanted[:tokens, :rows] + bias
+    out = torch.full((tokens, rows), float("nan"))
+    parts = torch.full((2 * programs, bm, bn), float("nan"))
+    for program in range(programs):
+        step, end = (p * len(steps) // programs for p in (program, program + 1))
+        while step < end:
+            tile, first = divmod(step, blocks)
+            last = min(blocks, first + end - step)
+            total = steps[step : step + last - first].sum(0)
+            if (first, last) == (0, blocks):
+                m, n = tile % tiles_m * bm, tile // tiles_m * bn
+                out[m : m + bm, n : n + bn] = total[: tokens - m, : rows - n] + bias[n : n + bn]
+            else:
+                parts[2 * program + (first == 0)] = total
+            step += last - first
+    sum_parts[(tiles_m * tiles_n, 2)](
+        parts, out, bias, tokens, rows, tiles_m, tiles_m * tiles_n, blocks, programs,
+        BN=bn, BM=bm, BLOCK_M=8, HAS_BIAS=True, PDL=False,
+    )  # fmt: skip
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("block_n", "block_m", "buffers", "per_sm"), [
+    (64, 8, 6, 2), (64, 64, 3, 2), (128, 16, 6, 1), (128, 256, 2, 1), (256, 64, 2, 1),
+])  # fmt: skip
+def test_rings_fit_shared_memory_and_hold_two_buffers_of_x(bits, block_n, block_m, buffers, per_sm):
+    words, x, planes = ring_sizes(bits, block_n, block_m, buffers, per_sm)
+    width = 64 if bits == 4 else 32
+    of_words = words * block_n * (width // 2 * (6 if bits == 3 else 4) + 16)
+    assert of_words + x * planes * block_m * width * 2 <= 225 * 1024 // per_sm
+    assert words == buffers
+    assert x >= 2
+
+
+def test_it_is_no_road_on_a_cpu():
+    (x, low, high, sides, _, bits, group, _), _, _ = prepared(4, 64, 16, 256, 3, torch.float16)
+    assert not stream_takes(x.cpu(), low, high, sides, bits, group, 64)
+
+
+CONFIGS = [
+    LinearConfig("stream", 64, 16, 1, 4, 4), LinearConfig("stream", 128, 32, 16, 8, 4),
+    LinearConfig("stream", 128, 64, 4, 4, 2), LinearConfig("stream", 128, 256, 2, 8, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, marks=ON_HOPPER) for c in CONFIGS], ids=str)
+@pytest.mark.parametrize(("bits", "group", "k"), [
+    (4, 64, 4096), (4, 128, 4288), (4, 256, 5120), (3, 64, 4288), (2, 128, 2048),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_agrees_with_the_reference(config, bits, group, k, dtype):
+    for tokens, bias in ((config.block_m, True), (3, False), (2 * config.block_m + 5, True)):
+        arguments, wanted, size = prepared(bits, group, 200, k, tokens, dtype, bias=bias)
+        x, low, high, sides, offset, *_ = arguments
+        assert stream_takes(x, low, high, sides, bits, group, 64 if bits == 4 else 32)
+        y = linear_stream(x, low, high, sides, offset, bits, group, config)
+        assert_close(y, wanted, size)
+        assert torch.equal(y, linear_stream(x, low, high, sides, offset, bits, group, config))
