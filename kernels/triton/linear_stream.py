@@ -95,7 +95,7 @@ def linear_stream(
         HAS_BIAS=bias is not None,
         HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         num_warps=warps,
-        maxnreg=168 if per_sm == 1 else 128,
+        maxnreg=registers(warps),
         launch_pdl=EARLY,
     )
     if divided:
@@ -119,6 +119,11 @@ def linear_stream(
             launch_pdl=EARLY,
         )
     return out
+
+
+def registers(warps: int) -> int:
+    """Registers per thread: those of a multiprocessor over its programs, each with four warps that copy."""
+    return 168 if warps == 8 else 128
 
 
 @lru_cache(maxsize=256)
