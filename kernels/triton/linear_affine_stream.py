@@ -131,6 +131,8 @@ def _multiply(
     LOADED: gl.constexpr = words_layout(BN, WORDS, WARPS)
     PAIRS: gl.constexpr = pairs_layout(BN, WORDS, WARPS)
     RESULT: gl.constexpr = result_layout(BN, BM, WARPS)
+    # Twice the words beside so many sums are too much for the registers: every plane reads them again.
+    AGAIN: gl.constexpr = BITS == 4 and BN > 16 * WARPS and BM > 32
     begin, end = _run(tiles, blocks, unit)
     step = begin
     ix = begin * 0
@@ -143,19 +145,25 @@ def _multiply(
             iw = step - begin + block - first
             slot = iw % BUFFERS
             mbarrier.wait(full.index(slot), iw // BUFFERS & 1)
-            words = word_ring.index(slot).load(LOADED)
+            words = deal_rows(word_ring.index(slot).load(LOADED), BN, WORDS)
             sides = side_ring.index(slot).load(sides_layout(BN, WARPS))
             upper = words
             if BITS == 3:
                 upper = high_ring.index(slot).load(LOADED).to(gl.int32)
-                upper = (upper & 0x00FF) | ((upper & 0xFF00) << 8)
-            mbarrier.arrive(empty.index(slot), count=1)
-            words = gl.convert_layout(deal_rows(words, BN, WORDS), PAIRS, assert_trivial=True)
-            upper = gl.convert_layout(deal_rows(upper, BN, WORDS), PAIRS, assert_trivial=True)
+                upper = deal_rows((upper & 0x00FF) | ((upper & 0xFF00) << 8), BN, WORDS)
+            if not AGAIN:
+                mbarrier.arrive(empty.index(slot), count=1)
+            words = gl.convert_layout(words, PAIRS, assert_trivial=True)
+            upper = gl.convert_layout(upper, PAIRS, assert_trivial=True)
             of_block = sides_of_block(deal_rows(sides, BN, 4), block, BN, SIDES)
             for j in gl.static_range(PLANES):
                 side = of_block[j * SIDES // PLANES]
                 side = gl.convert_layout(side, gl.SliceLayout(1, PAIRS), assert_trivial=True)
+                if AGAIN and j > 0:
+                    words = deal_rows(word_ring.index(slot).load(LOADED), BN, WORDS)
+                    words = gl.convert_layout(words, PAIRS, assert_trivial=True)
+                    if j == PLANES - 1:
+                        mbarrier.arrive(empty.index(slot), count=1)
                 weight = weights_of_plane(words, upper, side, j, BITS, OPERAND, HALF)
                 if j % XP == 0:
                     mbarrier.wait(x_full.index(ix % X_BUFFERS), ix // X_BUFFERS & 1)
