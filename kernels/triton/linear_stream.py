@@ -16,7 +16,8 @@ from qcompiler.kernels.tuning.tables import LinearConfig
 _SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiprocessor share
 _BLOCK = 256  # codes of a row that a step takes
 _WIDTHS = {2: 32, 3: 32, 4: 64}  # codes per plane of such a block
-EARLY = True
+_MOST_TOKENS = 65536  # so that numbers of steps times programs stay below 2^31
+EARLY = True  # launch before the kernel before has ended, and wait for it on the GPU
 
 
 def stream_takes(
@@ -31,12 +32,17 @@ def stream_takes(
     """Whether the kernel can run: Hopper, whole groups in a block, and rows that the copy engine can read."""
     if _WIDTHS.get(bits) != width or group_size not in (64, 128, 256) or x.device.type != "cuda":
         return False
-    if torch.cuda.get_device_capability(x.device)[0] != 9:
+    if not _is_hopper(x.device) or x.shape[0] > _MOST_TOKENS:
         return False
     read = [t for t in (x, low, high, sides) if t is not None]
     return all(
         t.data_ptr() % 16 == 0 and t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in read
     )
+
+
+@lru_cache(maxsize=16)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def linear_stream(
@@ -59,7 +65,7 @@ def linear_stream(
     tokens, in_features = x.shape
     out_features = low.shape[0]
     bn, bm, warps = config.block_n, config.block_m, config.num_warps
-    per_sm = 8 // warps
+    per_sm = 2 if warps == 4 else 1
     width = _WIDTHS[bits]
     ws, xs, xp = rings or ring_sizes(bits, bn, bm, config.num_stages, per_sm)
     tiles_m = triton.cdiv(tokens, bm)
@@ -154,7 +160,7 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles", "blocks", "programs"])
 def sum_parts(
     parts,
     out,

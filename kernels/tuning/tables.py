@@ -19,6 +19,8 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
+# Whether the streaming kernel is chosen where it can run and nothing was measured.
+STREAM_UNMEASURED = False
 KINDS = ("gemv", "quads", "gemm", "wide", "stream", "dense")
 
 
@@ -98,7 +100,7 @@ def heuristic(
     streaming kernel takes the operands; it divides tiles so that every multiprocessor has work.
     """
     bucket = token_bucket(tokens)
-    if streams and tokens > 2:
+    if streams and STREAM_UNMEASURED and tokens > 2:
         return _stream(n, tokens, sms)
     if dtype == "float32":
         if tokens > 4:
