@@ -69,11 +69,9 @@ def _launch(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     width = block_width(bits, group_size, in_features)
-    wanted = tokens > 2 if config is None else config.kind == "stream"
-    streams = wanted and stream_takes(rows, low, high, sides, bits, group_size, width)
     if config is None:
-        config = _configured(rows, bits, group_size, out_features, streams=streams)
-    if config.kind == "stream" and not streams:
+        config = _configured(rows, bits, group_size, out_features)
+    if config.kind == "stream" and not stream_takes(rows, low, high, sides, bits, group_size, width):
         dtype = str(x.dtype).removeprefix("torch.")
         config = heuristic(bits, out_features, in_features, tokens, dtype, device_facts(x.device)[1])
     kind = config.kind
@@ -96,13 +94,11 @@ def _launch(
     return y.view(*x.shape[:-1], out_features)
 
 
-def _configured(
-    x: torch.Tensor, bits: int, group_size: int, out_features: int, *, streams: bool
-) -> LinearConfig:
+def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
     gpu, sms = device_facts(x.device)
     dtype = str(x.dtype).removeprefix("torch.")
     bucket = token_bucket(x.shape[0])
-    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype, streams=streams)
+    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype)
 
 
 def _quads(

@@ -19,7 +19,7 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-# Whether the streaming kernel is chosen where it can run and nothing was measured.
+# Whether the streaming kernel is chosen where nothing was measured.
 STREAM_UNMEASURED = False
 KINDS = ("gemv", "quads", "gemm", "wide", "stream", "dense")
 
@@ -90,17 +90,17 @@ def load_table(gpu: str, folder: Path = _FOLDER) -> dict[str, LinearConfig]:
 
 
 def heuristic(
-    bits: int, n: int, k: int, tokens: int, dtype: str, sms: int, *, streams: bool = False
+    bits: int, n: int, k: int, tokens: int, dtype: str, sms: int, *, stream: bool = False
 ) -> LinearConfig:
     """A sane configuration where nothing was measured, in the pattern of what was measured on an H100.
 
     One or two tokens run on the float32 units; up to 512 on tensor cores with the weight dequantized in
     registers, for many of them one plane at a time beside a large tile of tokens; beyond that the weight is
-    written out once. float32 activations never use tensor cores, which would round them. `streams`: the
-    streaming kernel takes the operands; it divides tiles so that every multiprocessor has work.
+    written out once. float32 activations never use tensor cores, which would round them. `stream`: more than
+    two tokens take the streaming kernel.
     """
     bucket = token_bucket(tokens)
-    if streams and STREAM_UNMEASURED and tokens > 2:
+    if stream and tokens > 2 and dtype != "float32":
         return _stream(n, tokens, sms)
     if dtype == "float32":
         if tokens > 4:
@@ -133,16 +133,7 @@ def _stream(n: int, tokens: int, sms: int) -> LinearConfig:
 
 @lru_cache(maxsize=4096)
 def linear_config(
-    gpu: str,
-    sms: int,
-    bits: int,
-    group_size: int,
-    n: int,
-    k: int,
-    bucket: int,
-    dtype: str,
-    *,
-    streams: bool = False,
+    gpu: str, sms: int, bits: int, group_size: int, n: int, k: int, bucket: int, dtype: str
 ) -> LinearConfig:
     """The table's entry, or the heuristic's.
 
@@ -155,7 +146,6 @@ def linear_config(
         k: in_features.
         bucket: `token_bucket` of the number of tokens.
         dtype: Of the activations, e.g. "bfloat16".
-        streams: Whether "stream" can run.
     """
     entry = load_table(gpu).get(table_key(bits, group_size, n, k, bucket, dtype)) if gpu else None
-    return entry or heuristic(bits, n, k, bucket, dtype, sms, streams=streams)
+    return entry or heuristic(bits, n, k, bucket, dtype, sms, stream=STREAM_UNMEASURED)

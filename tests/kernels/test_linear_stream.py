@@ -15,10 +15,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_linear_affine_sides import prepared
+from test_linear_affine_triton import assert_close
 
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
+from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.triton.linear_affine_stream_codes import decode_asm, plane_shift
 from qcompiler.kernels.triton.linear_stream import ring_sizes, stream_takes, sum_parts
+from qcompiler.kernels.tuning.tables import LinearConfig, heuristic
 
 ON_HOPPER = [
     pytest.mark.gpu,
@@ -124,9 +127,23 @@ def test_rings_fit_shared_memory_and_hold_two_buffers_of_x(bits, block_n, block_
     assert x >= 2
 
 
-def test_it_is_no_road_on_a_cpu():
-    (x, low, high, sides, _, bits, group, _), _, _ = prepared(4, 64, 16, 256, 3, torch.float16)
-    assert not stream_takes(x.cpu(), low, high, sides, bits, group, 64)
+def test_where_it_cannot_run_another_road_is_taken():
+    arguments, wanted, size = prepared(4, 16, 24, 256, 3, torch.float16)
+    x, low, high, sides, _, bits, group, _ = arguments
+    assert not stream_takes(x, low, high, sides, bits, group, 16)
+    config = LinearConfig("stream", 64, 16, 1, 4, 4)
+    assert_close(linear_affine_sides_triton(*arguments, config=config), wanted, size)
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 100, 256, 5000])
+def test_the_heuristic_chooses_tiles_whose_rings_fit(tokens):
+    assert heuristic(4, 4096, 4096, tokens, "bfloat16", 132).kind != "stream"
+    chosen = heuristic(4, 4096, 4096, tokens, "bfloat16", 132, stream=True)
+    assert chosen.kind == "stream"
+    assert chosen.block_n == 16 * chosen.num_warps
+    assert chosen.block_m >= min(tokens, 256)
+    per_sm = 8 // chosen.num_warps
+    assert ring_sizes(4, chosen.block_n, chosen.block_m, chosen.num_stages, per_sm)[1] >= 2
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +165,7 @@ def outcomes():
 
 @pytest.mark.parametrize("number", [pytest.param(i, marks=ON_HOPPER) for i in range(_RUNS)])
 def test_it_agrees_with_the_reference_and_with_itself(outcomes, number):
-    """Ragged sizes, poisoned memory, whole and divided tiles, with and without bias, early launches or none."""
+    """Ragged sizes, poisoned memory, whole and divided tiles, bias or none, early launches or none."""
     text, code = outcomes[number]
     assert code == 0, text[-3000:]
     reports = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
