@@ -44,7 +44,7 @@ def _run(tiles, blocks, unit):
 
 
 @gluon.jit
-def _copy_words(descs, rings, bars, numbers, BITS: gl.constexpr, SIDES: gl.constexpr):
+def _copy_words(descs, rings, bars, numbers, BITS: gl.constexpr, SIDES: gl.constexpr, BURST: gl.constexpr):
     """A copying warp: words and sides of every block of the program's run."""
     word_desc, high_desc, side_desc = descs
     word_ring, high_ring, side_ring = rings
@@ -56,19 +56,27 @@ def _copy_words(descs, rings, bars, numbers, BITS: gl.constexpr, SIDES: gl.const
     BYTES: gl.constexpr = BN * (WORDS * (6 if BITS == 3 else 4) + 4 * 4)
     begin, end = _run(tiles, blocks, unit)
     cuda.gdc_wait()
-    for step in range(begin, end):
-        block = step % blocks
-        row = step // blocks // tiles_m * BN
-        slot = (step - begin) % BUFFERS
-        mbarrier.wait(empty.index(slot), ((step - begin) // BUFFERS & 1) ^ 1)
-        ready = full.index(slot)
-        mbarrier.expect(ready, BYTES)
-        tma.async_copy_global_to_shared(word_desc, [row, block * WORDS], ready, word_ring.index(slot))
-        if BITS == 3:
-            tma.async_copy_global_to_shared(high_desc, [row, block * WORDS], ready, high_ring.index(slot))
-        # Four sides are the least that the engine copies: those of neighbouring blocks come along.
-        side = block * SIDES // 4 * 4
-        tma.async_copy_global_to_shared(side_desc, [row, side], ready, side_ring.index(slot))
+    for start in range(begin, end, BURST):
+        # Neighbours in a row of W are asked for together once all their buffers are free.
+        for i in gl.static_range(BURST):
+            iw = start + i - begin
+            mbarrier.wait(empty.index(iw % BUFFERS), (iw // BUFFERS & 1) ^ 1, pred=start + i < end)
+        for i in gl.static_range(BURST):
+            step = start + i
+            wanted = step < end
+            block = step % blocks
+            row = step // blocks // tiles_m * BN
+            slot = (step - begin) % BUFFERS
+            ready = full.index(slot)
+            mbarrier.expect(ready, BYTES, pred=wanted)
+            word = block * WORDS
+            tma.async_copy_global_to_shared(word_desc, [row, word], ready, word_ring.index(slot), pred=wanted)
+            if BITS == 3:
+                high = high_ring.index(slot)
+                tma.async_copy_global_to_shared(high_desc, [row, word], ready, high, pred=wanted)
+            # Four sides are the least that the engine copies: those of neighbouring blocks come along.
+            side = block * SIDES // 4 * 4
+            tma.async_copy_global_to_shared(side_desc, [row, side], ready, side_ring.index(slot), pred=wanted)
 
 
 @gluon.jit
@@ -216,6 +224,7 @@ def linear_affine_stream(
     WS: gl.constexpr,
     XS: gl.constexpr,
     XP: gl.constexpr,
+    BURST: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HALF: gl.constexpr,
 ):
@@ -224,7 +233,8 @@ def linear_affine_stream(
     2, 3 or 4 bits, blocks of 256 codes with SIDES groups. Boxes of the descriptors, WIDTH being the codes of
     a plane: x [M, K] (BM, WIDTH), words and high [N, words] (BN, WIDTH/2), sides [N, groups] (BN, 4); BN is
     16 or 32 times the warps. unit = blocks for whole tiles, 1 to divide them. parts float32
-    [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer.
+    [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer. BURST blocks of
+    words are asked for at a time, at most WS.
     """
     cuda.gdc_launch_dependents()
     WIDTH: gl.constexpr = x_desc.block_shape[1]
@@ -259,7 +269,7 @@ def linear_affine_stream(
                     BITS, SIDES, 256 // WIDTH, XP, HAS_BIAS, HALF,
                 ),
             ),
-            (_copy_words, (descs, rings, bars, numbers, BITS, SIDES)),
+            (_copy_words, (descs, rings, bars, numbers, BITS, SIDES, BURST)),
             (_copy_x, (x_desc, x_ring, x_bars, numbers, 256 // WIDTH, XP)),
         ],
         [1, 1],

@@ -17,6 +17,7 @@ _SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiproces
 _BLOCK = 256  # codes of a row that a step takes
 _WIDTHS = {2: 32, 3: 32, 4: 64}  # codes per plane of such a block
 _MOST_TOKENS = 65536  # so that numbers of steps times programs stay below 2^31
+BURST = 1  # blocks of words that are asked for together
 EARLY = True  # launch before the kernel before has ended, and wait for it on the GPU
 
 
@@ -98,6 +99,7 @@ def linear_stream(
         WS=ws,
         XS=xs,
         XP=xp,
+        BURST=min(BURST, ws),
         HAS_BIAS=bias is not None,
         HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
         num_warps=warps,

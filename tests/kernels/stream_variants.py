@@ -34,7 +34,8 @@ def main():
         word_buffers, x_buffers, planes = ring_sizes(bits, block_n, block_m, buffers, 8 // warps)
         constants = {
             "BITS": bits, "SIDES": sides, "BN": block_n, "BM": block_m, "WS": word_buffers, "XS": x_buffers,
-            "XP": planes, "HAS_BIAS": True, "HALF": ELEMENTS[element],
+            "XP": planes, "BURST": 2 if element == "fp16" else 1,
+            "HAS_BIAS": True, "HALF": ELEMENTS[element],
         }  # fmt: skip
         types = {
             "x_desc": descriptor(element, block_m, width),
