@@ -16,17 +16,19 @@ from qcompiler.kernels.triton import linear_stream
 from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
-# block_n, block_m, split_k, warps, word buffers; launched early or not; bits, group size, n, k and dtype
+# block_n, block_m, split_k, warps, word buffers; launched early or not; blocks asked for at a time;
+# bits, group size, n, k and dtype
 RUNS = [
-    ((64, 16, 16, 4, 6), True, [(4, 64, 336, 4096, "bfloat16")]),
-    ((64, 16, 16, 4, 6), False, [(4, 64, 336, 4096, "bfloat16")]),
-    ((64, 64, 3, 4, 3), True, [(4, 64, 336, 4288, "bfloat16"), (4, 128, 200, 4288, "float16")]),
-    ((128, 32, 16, 8, 6), True, [(4, 64, 400, 4096, "bfloat16"), (4, 256, 200, 5120, "float16")]),
-    ((128, 128, 4, 8, 4), True, [(4, 64, 336, 4288, "bfloat16"), (4, 64, 400, 4096, "float16")]),
-    ((256, 128, 2, 8, 2), True, [(4, 64, 400, 4096, "bfloat16")]),
-    ((128, 256, 16, 8, 2), True, [(4, 64, 400, 4096, "bfloat16")]),
-    ((64, 8, 16, 4, 6), True, [(2, 64, 336, 4096, "bfloat16"), (2, 128, 200, 2048, "float16")]),
-    ((64, 16, 16, 4, 4), True, [(3, 64, 336, 4288, "bfloat16"), (3, 128, 200, 4096, "float16")]),
+    ((64, 16, 16, 4, 5), True, 2, [(4, 64, 336, 4288, "bfloat16")]),
+    ((64, 16, 16, 4, 6), True, 1, [(4, 64, 336, 4096, "bfloat16")]),
+    ((64, 16, 16, 4, 6), False, 1, [(4, 64, 336, 4096, "bfloat16")]),
+    ((64, 64, 3, 4, 3), True, 1, [(4, 64, 336, 4288, "bfloat16"), (4, 128, 200, 4032, "float16")]),
+    ((128, 32, 16, 8, 6), True, 1, [(4, 64, 400, 4096, "bfloat16"), (4, 256, 200, 5120, "float16")]),
+    ((128, 128, 4, 8, 4), True, 1, [(4, 64, 336, 4288, "bfloat16"), (4, 64, 400, 4096, "float16")]),
+    ((256, 128, 2, 8, 2), True, 1, [(4, 64, 400, 4096, "bfloat16")]),
+    ((128, 256, 16, 8, 2), True, 1, [(4, 64, 400, 4096, "bfloat16")]),
+    ((64, 8, 16, 4, 6), True, 1, [(2, 64, 336, 4096, "bfloat16"), (2, 128, 200, 2048, "float16")]),
+    ((64, 16, 16, 4, 4), True, 1, [(3, 64, 336, 4288, "bfloat16"), (3, 128, 200, 4096, "float16")]),
 ]
 
 
@@ -39,8 +41,9 @@ def poison_new_memory():
 
 
 def main():
-    (block_n, block_m, split, warps, buffers), early, cases = RUNS[int(sys.argv[1])]
+    (block_n, block_m, split, warps, buffers), early, burst, cases = RUNS[int(sys.argv[1])]
     linear_stream.EARLY = early
+    linear_stream.BURST = burst
     poison_new_memory()
     for bits, group, n, k, dtype in cases:
         for tokens, split_k, bias in (

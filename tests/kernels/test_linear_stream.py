@@ -30,7 +30,7 @@ ON_HOPPER = [
     ),
 ]
 _SCRIPT = Path(__file__).with_name("stream_on_gpu.py")
-_RUNS = 9
+_RUNS = 10
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
