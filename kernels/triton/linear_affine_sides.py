@@ -83,8 +83,7 @@ def _launch(
     if kind in ("gemm", "wide") and width < 16:
         kind = "dense"  # narrower than a dot
     if kind == "dense":
-        weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
-        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        y = _dense_product(rows, low, high, sides, bias, bits, group_size, config.split_k)
     elif kind == "stream":
         y = linear_stream(rows, low, high, sides, bias, bits, group_size, config)
     elif pairs is not None:
@@ -201,6 +200,37 @@ def _gemm(
         num_stages=config.num_stages,
     )
     return sum_split(target, bias, out)
+
+
+def _dense_product(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    slices: int,
+) -> torch.Tensor:
+    """By the library's matmul; a dense weight in slices of output channels need never leave the L2 cache."""
+    out_features, in_features = low.shape[0], x.shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = triton.cdiv(out_features, slices)
+    if rows == out_features:
+        weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    y = x.new_empty((x.shape[0], out_features))
+    for first in range(0, out_features, rows):
+        part = slice(first, first + rows)
+        upper = None if high is None else high[part]
+        # The allocator gives every slice the memory of the one before.
+        weight = _dense(low[part], upper, sides[part], bits, group_size, in_features, x.dtype)
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, weight.t(), out=y[:, part])
+        del weight
+    return y
 
 
 def _dense(

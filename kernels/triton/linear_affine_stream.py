@@ -231,10 +231,10 @@ def linear_affine_stream(
     """Any number of programs; num_warps 4 or 8.
 
     2, 3 or 4 bits, blocks of 256 codes with SIDES groups. Boxes of the descriptors, WIDTH being the codes of
-    a plane: x [M, K] (BM, WIDTH), words and high [N, words] (BN, WIDTH/2), sides [N, groups] (BN, 4); BN is
-    16 or 32 times the warps. unit = blocks for whole tiles, 1 to divide them. parts float32
-    [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer. BURST blocks of
-    words are asked for at a time, at most WS.
+    a plane: x [M, K] (BM, WIDTH), words and high [N, words] (BN, WIDTH/2), high None but for 3 bits, sides
+    [N, groups] (BN, 4); BN is 16 or 32 times the warps. unit = blocks for whole tiles, 1 to divide them.
+    parts float32 [2·programs, BM, BN]. WS and XS buffers in the rings, XP planes of x per buffer; BURST
+    blocks of words are asked for at a time, at most WS.
     """
     cuda.gdc_launch_dependents()
     WIDTH: gl.constexpr = x_desc.block_shape[1]
@@ -259,7 +259,7 @@ def linear_affine_stream(
     x_bars = (x_full, x_empty)
     numbers = (tiles, tiles_m, blocks, unit)
     pointers = (out, parts, bias)
-    descs = (word_desc, high_desc, side_desc)
+    descs = (word_desc, high_desc if BITS == 3 else word_desc, side_desc)
     gl.warp_specialize(
         [
             (

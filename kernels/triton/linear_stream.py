@@ -81,7 +81,7 @@ def linear_stream(
     linear_affine_stream[(programs,)](
         _descriptor(x, bm, width),
         _descriptor(low, bn, width // 2),
-        _descriptor(high if high is not None else low, bn, width // 2),
+        _descriptor(high, bn, width // 2) if high is not None else None,
         _descriptor(sides, bn, 4),
         out,
         parts,

@@ -33,7 +33,8 @@ class LinearConfig:
             "stream" (the same on Hopper, copying meanwhile) or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
-        split_k: Programs that share one output tile along in_features; at most so many for "stream".
+        split_k: Programs that share one output tile along in_features; at most so many for "stream",
+            slices of output channels for "dense".
         num_warps: Warps per program, those that only copy not counted.
         num_stages: Pipeline depth, for "stream" that of the weight's words.
     """

@@ -40,11 +40,13 @@ def main():
         types = {
             "x_desc": descriptor(element, block_m, width),
             "word_desc": descriptor("i32", block_n, width // 2),
-            "high_desc": descriptor("i16" if bits == 3 else "i32", block_n, width // 2),
+            "high_desc": descriptor("i16", block_n, width // 2),
             "side_desc": descriptor("i32", block_n, 4),
             "out": f"*{element}", "parts": "*fp32", "bias": f"*{element}", "N": "i32:16",
             **dict.fromkeys(("M", "tiles_m", "tiles", "blocks", "unit"), "i32"),
         }  # fmt: skip
+        if bits != 3:
+            constants["high_desc"] = None
         compiled = compile_sm90(
             linear_affine_stream, types, constants, num_warps=warps, maxnreg=registers(warps)
         )
