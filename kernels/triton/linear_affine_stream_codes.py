@@ -76,7 +76,7 @@ def deal_rows(t, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def order_rows(t, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """`_deal_rows` undone."""
+    """`deal_rows` undone."""
     t = t.reshape([ROWS // 16, 2, 8, COLUMNS]).permute([0, 2, 1, 3])
     return t.reshape([ROWS, COLUMNS])
 
