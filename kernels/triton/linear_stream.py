@@ -17,6 +17,8 @@ _SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiproces
 _BLOCK = 256  # codes of a row that a step takes
 _WIDTHS = {2: 32, 3: 32, 4: 64}  # codes per plane of such a block
 _MOST_TOKENS = 65536  # so that numbers of steps times programs stay below 2^31
+# Gluon is experimental: what the kernel is written in is that of this version.
+_KNOWN_GLUON = triton.__version__.startswith("3.6.")
 BURST = 1  # blocks of words that are asked for together
 EARLY = True  # launch before the kernel before has ended, and wait for it on the GPU
 
@@ -33,7 +35,7 @@ def stream_takes(
     """Whether the kernel can run: Hopper, whole groups in a block, and rows that the copy engine can read."""
     if _WIDTHS.get(bits) != width or group_size not in (64, 128, 256) or x.device.type != "cuda":
         return False
-    if not _is_hopper(x.device) or x.shape[0] > _MOST_TOKENS:
+    if not _KNOWN_GLUON or not _is_hopper(x.device) or x.shape[0] > _MOST_TOKENS:
         return False
     read = [t for t in (x, low, high, sides) if t is not None]
     return all(

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_linear_affine_sides import prepared
-from test_linear_affine_triton import assert_close
+from test_linear_affine_triton import DEVICE, assert_close
 
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
 from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
@@ -107,11 +107,12 @@ def test_divided_tiles_are_summed_from_the_parts_of_all_their_programs(tokens, r
             else:
                 parts[2 * program + (first == 0)] = total
             step += last - first
+    parts, out, bias = (t.to(DEVICE) for t in (parts, out, bias))
     sum_parts[(tiles_m * tiles_n, 2)](
         parts, out, bias, tokens, rows, tiles_m, tiles_m * tiles_n, blocks, programs,
         BN=bn, BM=bm, BLOCK_M=8, HAS_BIAS=True, PDL=False,
     )  # fmt: skip
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
