@@ -102,7 +102,7 @@ def _launch(
             gpu, sms, bits, group_size, out_features, in_features, token_bucket(tokens), dtype
         )
     prepared = x.dtype != torch.float32 and block_width(bits, group_size, in_features) >= 16
-    if prepared and config.kind in ("quads", "gemm", "wide"):
+    if prepared and config.kind in ("quads", "gemm", "wide", "stream"):
         sides = pack_sides(scales, zeros, bits, group_size, in_features, x.dtype, check=False)
         y = linear_affine_sides_triton(
             rows, low, high, sides, bias, bits, group_size, in_features, config, activation

@@ -1,12 +1,12 @@
 """Launches the Triton kernels of `qcompiler::linear_affine_sides`; the reference's result up to rounding.
 
-Five roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to
-four tokens; on tensor cores "dots" for a few, which scales sums instead of
-weights, "gemm" for some more, "wide" for many; or the "dense" weight and a
-library matmul. Nothing waits for the device and every buffer's
-size follows from the shapes, so all of it can stand in a CUDA graph. Split-K
-parts are summed by a second kernel in a fixed order: results are reproducible
-bit for bit.
+Roads, chosen by `kernels/tuning`: "quads" on the float32 units for one to four
+tokens; on tensor cores "dots" for a few, which scales sums instead of weights,
+"gemm" for some more, "wide" for many, on Hopper "stream" for any number; or
+the "dense" weight and a library matmul. Nothing waits for the device and every
+buffer's size follows from the shapes, so all of it can stand in a CUDA graph.
+Parts of sums are added by a second kernel in a fixed order: results are
+reproducible bit for bit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from qcompiler.kernels.triton.linear_affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
 from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.linear_stream import linear_stream, stream_takes
 from qcompiler.kernels.triton.x_pairs import as_pairs
-from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, heuristic, linear_config, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
@@ -98,9 +99,12 @@ def _launch(
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], columns))
+    width = block_width(bits, group_size, in_features)
     if config is None:
         config = _configured(rows, bits, group_size, out_features)
-    width = block_width(bits, group_size, in_features)
+    if config.kind == "stream" and not stream_takes(rows, low, high, sides, bits, group_size, width):
+        dtype = str(x.dtype).removeprefix("torch.")
+        config = heuristic(bits, out_features, in_features, tokens, dtype, device_facts(x.device)[1])
     kind = config.kind
     # Fours of words lie within a block, and x is read as pairs of values.
     pairs = as_pairs(rows) if kind == "quads" and width >= 8 and tokens <= _MOST_QUAD_TOKENS else None
@@ -115,8 +119,9 @@ def _launch(
     fits = config.block_n % (16 if kind == "gemm" else 2) == 0
     inside = activation if ACTIVATION_INSIDE and fits else None
     if kind == "dense":
-        weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
-        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+        y = _dense_product(rows, low, high, sides, bias, bits, group_size, config.split_k)
+    elif kind == "stream":
+        y = linear_stream(rows, low, high, sides, bias, bits, group_size, config)
     elif pairs is not None:
         y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config, inside)
     elif kind == "dots":
@@ -301,6 +306,37 @@ def _gemm(
         **early_start(x.device),
     )
     return sum_split(target, bias, out, activation)
+
+
+def _dense_product(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor | None,
+    sides: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    slices: int,
+) -> torch.Tensor:
+    """By the library's matmul; a dense weight in slices of output channels need never leave the L2 cache."""
+    out_features, in_features = low.shape[0], x.shape[1]
+    bias = None if bias is None else bias.to(x.dtype)
+    rows = triton.cdiv(out_features, slices)
+    if rows == out_features:
+        weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    y = x.new_empty((x.shape[0], out_features))
+    for first in range(0, out_features, rows):
+        part = slice(first, first + rows)
+        upper = None if high is None else high[part]
+        # The allocator gives every slice the memory of the one before.
+        weight = _dense(low[part], upper, sides[part], bits, group_size, in_features, x.dtype)
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, weight.t(), out=y[:, part])
+        del weight
+    return y
 
 
 def _dense(

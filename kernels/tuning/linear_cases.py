@@ -171,7 +171,9 @@ def candidates(case: Case, tokens: int, n: int, k: int, *, thorough: bool) -> li
     if isinstance(case.spec, AdditiveSpec):
         return []
     if isinstance(case.spec, AffineSpec):
-        return list(_affine(case.spec.bits, tokens, n, k, thorough))
+        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+        streamed = _stream(case.spec, tokens, n) if hopper else ()
+        return [*_affine(case.spec.bits, tokens, n, k, thorough), *streamed]
     if isinstance(case.spec, BodyTailSpec):
         return list(_body_tail(tokens))
     return list(_others(case, tokens, n, thorough))
@@ -210,6 +212,25 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool) -> Iterator[
                     yield LinearConfig("wide", block_n, block_m, split, warps, stages)
     if tokens >= 128:
         yield LinearConfig("dense")
+    if tokens >= 1024:
+        # slices of 16 and 32 MB
+        yield from (LinearConfig("dense", split_k=max(2, 2 * n * k >> bits)) for bits in (24, 25))
+
+
+def _stream(spec: AffineSpec, tokens: int, n: int):
+    """The streaming kernel, whole tiles or divided ones; block_n, block_m, warps and buffers of words."""
+    if spec.bits > 4 or spec.group_size not in (64, 128, 256):
+        return
+    bucket = max(8, min(token_bucket(tokens), 256))
+    tiles = {
+        8: ((64, 8, 4, 6),), 16: ((64, 16, 4, 6), (128, 16, 8, 8)), 32: ((64, 32, 4, 4), (128, 32, 8, 6)),
+        64: ((64, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3)), 128: ((128, 128, 8, 4), (256, 128, 8, 2)),
+        256: ((128, 128, 8, 4), (256, 128, 8, 2), (128, 256, 8, 2)),
+    }  # fmt: skip
+    for block_n, block_m, warps, buffers in tiles[bucket]:
+        count = -(-n // block_n) * -(-tokens // block_m)
+        for split in (1, 2, 3, 4, 16) if count < 1024 else (1,):
+            yield LinearConfig("stream", block_n, block_m, split, warps, buffers)
 
 
 def _body_tail(tokens: int) -> Iterator[LinearConfig]:

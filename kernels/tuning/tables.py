@@ -22,7 +22,9 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-KINDS = ("gemv", "quads", "dots", "gemm", "wide", "dense")
+# Whether the streaming kernel is chosen where nothing was measured.
+STREAM_UNMEASURED = False
+KINDS = ("gemv", "quads", "dots", "gemm", "wide", "stream", "dense")
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class LinearConfig:
 
     Args:
         kind: "gemv" or "quads" (float32 units), "dots", "gemm" or "wide" (tensor cores, fused, from few to
-            many tokens), or "dense" (dequantize, library matmul).
+            many tokens), "stream" (the same on Hopper, copying meanwhile) or "dense" (dequantize, library
+            matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
-        split_k: Programs that share one output tile along in_features.
-        num_warps: Warps per program.
-        num_stages: Pipeline depth.
+        split_k: Programs that share one output tile along in_features; at most so many for "stream",
+            slices of output channels for "dense".
+        num_warps: Warps per program, those that only copy not counted.
+        num_stages: Pipeline depth, for "stream" that of the weight's words.
     """
 
     kind: str
@@ -139,15 +143,20 @@ def write_table(
     load_table.cache_clear()
 
 
-def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> LinearConfig:
+def heuristic(
+    bits: int, n: int, k: int, tokens: int, dtype: str, sms: int, *, stream: bool = False
+) -> LinearConfig:
     """A sane configuration where nothing was measured, in the pattern of what was measured on an H100.
 
     One token runs on the float32 units, up to 16 on tensor cores that take the codes as they are (where those
     fit: else the float32 units for two); up to 512 on tensor cores with the weight dequantized in registers,
     for many of them one plane at a time beside a large tile of tokens; beyond that the weight is written out
-    once. float32 activations never use tensor cores, which would round them.
+    once. float32 activations never use tensor cores, which would round them. `stream`: more than two tokens
+    take the streaming kernel.
     """
     bucket = token_bucket(tokens)
+    if stream and tokens > 2 and dtype != "float32":
+        return _stream(n, tokens, sms)
     most = 2  # programs per SM that the splits of K are to give
     if dtype == "float32":
         if tokens > 4:
@@ -170,6 +179,17 @@ def heuristic(bits: int, n: int, k: int, tokens: int, dtype: str, sms: int) -> L
     return LinearConfig(kind, block_n, block_m, split, warps, stages)
 
 
+def _stream(n: int, tokens: int, sms: int) -> LinearConfig:
+    """Tiles of up to 256 tokens; two small programs per multiprocessor, or one with many tokens."""
+    block_m = max(8, min(256, token_bucket(tokens)))
+    if block_m <= 64:
+        block_n, warps, stages = 64, 4, {8: 6, 16: 6, 32: 4, 64: 3}[block_m]
+    else:
+        block_n, warps, stages = 128, 8, 4 if block_m == 128 else 2
+    tiles = -(-n // block_n) * -(-tokens // block_m)
+    return LinearConfig("stream", block_n, block_m, 16 if tiles < 4 * sms else 1, warps, stages)
+
+
 @lru_cache(maxsize=4096)
 def linear_config(
     gpu: str, sms: int, bits: int, group_size: int, n: int, k: int, bucket: int, dtype: str
@@ -187,4 +207,4 @@ def linear_config(
         dtype: Of the activations, e.g. "bfloat16".
     """
     entry = load_table(gpu).get(table_key(bits, group_size, n, k, bucket, dtype)) if gpu else None
-    return entry or heuristic(bits, n, k, bucket, dtype, sms)
+    return entry or heuristic(bits, n, k, bucket, dtype, sms, stream=STREAM_UNMEASURED)

@@ -77,6 +77,22 @@ def test_split_k_gives_the_same_sum_every_time(mode, config, split):
 
 
 @on_modes
+@pytest.mark.parametrize(("bits", "bias"), [(4, True), (3, True), (4, False)])
+@pytest.mark.parametrize("slices", [2, 3, 40])
+def test_a_dense_weight_in_slices_gives_the_same_product(mode, bits, bias, slices, monkeypatch):
+    arguments, wanted, size = prepared(bits, 64, 37, 512, 5, torch.float16, bias=bias)
+    new_empty = torch.Tensor.new_empty
+
+    def nan_filled(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+    y = linear_affine_sides_triton(*arguments, config=LinearConfig("dense", split_k=slices))
+    assert_close(y, wanted, size)
+
+
+@on_modes
 @pytest.mark.parametrize("tokens", [1, 2, 5, 70, 600])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_chosen_road_for_any_number_of_tokens(mode, tokens, bias):
