@@ -19,6 +19,8 @@ from qcompiler.kernels.formats.lut4 import LUT4, NESTED_BLOCK, Lut4Spec, num_blo
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.tuning.tables import KINDS, LinearConfig, table_key, token_bucket
 
+TUNED = (AffineSpec, BodyTailSpec, AdditiveSpec, Lut4Spec, Int8ChannelSpec)  # specs that a `Case` may have
+
 Run = Callable[[torch.Tensor, LinearConfig | None], torch.Tensor]
 
 
