@@ -8,8 +8,8 @@ import torch
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.base import TensorSpec
-from qcompiler.kernels.formats.calls import QUANTIZED_LINEARS, stored_weight
-from qcompiler.kernels.tuning.linear_cases import Case
+from qcompiler.kernels.formats.calls import stored_weight
+from qcompiler.kernels.tuning.linear_cases import TUNED, Case
 from qcompiler.kernels.tuning.tune import Weight
 from qcompiler.runtime.artifact import Artifact
 from qcompiler.runtime.graph import bind
@@ -34,10 +34,10 @@ def tunable_linears(artifact: Artifact) -> list[Weight]:
     found: dict[Weight, None] = {}
     for node in artifact.graph.nodes:
         op = node.op.removeprefix("qcompiler.").removesuffix(".default")
-        if op not in QUANTIZED_LINEARS:
+        if not op.startswith("linear_"):
             continue
         weight = stored_weight(op, bind(node), describe)
-        if weight is None:
+        if weight is None or not isinstance(weight.spec, TUNED):  # a plug-in's format
             continue
         case = Case(weight.spec.name, weight.spec, artifact.dtype)
         rows = describe(next(iter(weight.tensors.values()))).shape[0]

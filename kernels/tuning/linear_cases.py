@@ -17,7 +17,9 @@ from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec, in_bloc
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, NESTED_BLOCK, Lut4Spec, num_blocks
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
-from qcompiler.kernels.tuning.tables import LinearConfig, table_key, token_bucket
+from qcompiler.kernels.tuning.tables import KINDS, LinearConfig, table_key, token_bucket
+
+TUNED = (AffineSpec, BodyTailSpec, AdditiveSpec, Lut4Spec, Int8ChannelSpec)  # specs that a `Case` may have
 
 Run = Callable[[torch.Tensor, LinearConfig | None], torch.Tensor]
 
@@ -193,6 +195,11 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool) -> Iterator[
             for warps in (1, 2, 4):
                 for split in _splits(n, block_n, k, 2):
                     yield LinearConfig("quads", block_n, bucket, split, warps, 1)
+    if "dots" in KINDS and bits in (2, 3, 4, 6) and (2 if bits > 2 else 1) <= tokens <= 32:
+        for block_n, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4)):
+            for split in _splits(n, block_n, k, 4):
+                for stages in (2, 3, 4) if thorough else (3, 4):
+                    yield LinearConfig("dots", block_n, max(8, bucket), split, warps, stages)
     if 1 < tokens <= 64:
         block_m = max(16, bucket)
         for block_n, warps in ((64, 4), (128, 4), (128, 8), *(((32, 2), (16, 1)) if thorough else ())):
