@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("triton", reason="Triton is not installed")
+
 from qcompiler.kernels.triton.launch import (
     EARLY,
     EARLY_WITH_WEIGHTS,
