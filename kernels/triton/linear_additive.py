@@ -18,7 +18,10 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
+from qcompiler.kernels.ops.linear_additive_slices import check_linear_additive_slices
 from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.linear_additive_books import books_fit, run_books
+from qcompiler.kernels.triton.linear_additive_slices import run_slices, slices_fit
 from qcompiler.kernels.triton.linear_additive_tables import additive_sums_kernel, additive_tables_kernel
 from qcompiler.kernels.triton.linear_launch import split_target, sum_split
 
@@ -211,6 +214,8 @@ def linear_additive_triton(
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     groups = num_groups(group_size, in_features)
+    if COMPILED and books_fit(flat, codebooks):
+        return run_books(flat, codes, codebooks, scales, bias).view(*x.shape[:-1], out_features)
     # Measured on an H100: tables of several tokens lose to looking up.
     if bits == 8 and sets == 1 and tokens == 1:
         y = _by_tables(flat, codes, codebooks, scales, bias)
@@ -256,6 +261,28 @@ def linear_additive_triton(
         )
         sum_split(target, bias, out)
     return out.view(*x.shape[:-1], out_features)
+
+
+def linear_additive_slices_triton(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    tables: torch.Tensor,
+    table_scale: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    in_features: int,
+) -> torch.Tensor:
+    """`linear_additive_slices` (see `ops/`) by Triton; never waits for the device."""
+    check_linear_additive_slices(x, codes, codebooks, tables, table_scale, scales, rows, bits, in_features)
+    flat = x.reshape(-1, in_features)
+    if flat.shape[0] == 0 or not (COMPILED and slices_fit(flat)):
+        return linear_additive_triton(x, codes, codebooks, scales, rows, bias, bits, in_features)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return run_slices(flat, codes, tables, table_scale, scales, bias).view(*x.shape[:-1], codes.shape[0])
 
 
 def _by_tables(

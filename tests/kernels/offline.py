@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -118,7 +119,7 @@ def compile_sm90(
     """Compile `kernel` for an H100/H200.
 
     Args:
-        kernel: A `triton.jit` function, taken outside of the interpreter.
+        kernel: A `triton.jit` or `gluon.jit` function, taken outside of the interpreter.
         types: Triton type of each runtime argument, e.g. "*bf16" or "i32". Pointers, and integers written
             as "i32:16", are taken to be divisible by 16.
         constants: Values of the constexpr arguments; with `types` they name every argument.
@@ -137,7 +138,8 @@ def compile_sm90(
             signature[name] = types[name].removesuffix(":16")
             if types[name].startswith("*") or types[name].endswith(":16"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, values, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -62,3 +62,67 @@ def test_kernels_compile_for_sm90_without_spilling():
         assert int(registers) <= 255, variant
         assert int(tensor_cores) == variant.startswith("gemm"), variant
         assert int(wide), f"{variant}: codewords are not loaded 16 bytes at a time"
+
+
+# (kernel, books, rows, groups, tokens per tile, warps)
+TABLES = [
+    ("books", 1, 128, 32, 8, 4),
+    ("books", 2, 128, 32, 8, 4),
+    ("books", 2, 128, 16, 16, 8),
+    ("books", 3, 128, 16, 8, 8),
+    ("slices", 1, 128, 64, 8, 8),
+    ("slices", 1, 128, 64, 16, 8),
+]
+
+TABLE_SCRIPT = """
+import sys
+from offline import compile_sm90
+from qcompiler.kernels.triton.linear_additive_books import book_layouts, linear_additive_books
+from qcompiler.kernels.triton.linear_additive_slices import linear_additive_slices, slice_layouts
+
+for variant in sys.argv[1:]:
+    name, *numbers = variant.split(",")
+    count, rows, groups, tokens, warps = map(int, numbers)
+    types = dict(x="*bf16", scales="*fp16", out="*fp32", M="i32", N="i32:16", G="i32:16", columns="i32:16")
+    constants = dict(BN=rows, BG=groups, BM=tokens, WARPS=warps)
+    if name == "books":
+        kernel = linear_additive_books
+        types |= dict(codes="*i32" if count == 3 else "*u8", codebooks="*fp16", bias="*bf16", K="i32:16",
+                      x_stride="i32:16", tiles_per_split="i32")
+        constants |= dict(COUNT=count, COPIES=8, TAIL=0, HAS_BIAS=False)
+        constants |= book_layouts(rows, groups, count, warps)
+    else:
+        kernel = linear_additive_slices
+        types |= dict(codes="*i16", tables="*i32", table_scale="*fp32", splits="i32", workers="i32")
+        constants |= slice_layouts(rows, groups, warps)
+    made = compile_sm90(kernel, types, constants, num_warps=warps)
+    loop = made.loop_opcodes()
+    lookups = sum(code.startswith("LDS.128" if name == "books" else "LDS.U16") for code in loop)
+    products = sum(code.startswith("HMMA") for code in loop)
+    narrow = sum(code.startswith("LDG") and not code.endswith(("64", "128")) for code in loop)
+    print(variant, made.registers, made.spill_bytes, made.shared_bytes, len(loop), lookups, products, narrow)
+"""
+
+
+def test_kernels_with_a_table_in_shared_memory_compile_for_sm90():
+    pytest.importorskip("triton")
+    here = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(here)}
+    done = subprocess.run(
+        [sys.executable, "-c", TABLE_SCRIPT, *(",".join(map(str, variant)) for variant in TABLES)],
+        capture_output=True, text=True, timeout=500, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.strip().splitlines()]
+    assert len(lines) == len(TABLES)
+    for (name, count, rows, groups, tokens, warps), (variant, *numbers) in zip(TABLES, lines, strict=True):
+        registers, spilled, shared, length, lookups, products, narrow = map(int, numbers)
+        assert spilled == 0, variant
+        assert registers <= 255, variant
+        # The table alone, so that it stands where the kernel looks for it.
+        assert shared == (count * 32768 if name == "books" else 131072), variant
+        # A look-up per code, and nothing of the weight anywhere but in registers.
+        assert lookups == count * rows * groups // (32 * warps), variant
+        assert products == lookups // (1 if name == "books" else 4) * (tokens // 8), variant
+        assert length < (25 if name == "books" else 13) * lookups, variant
+        assert narrow == 0 or count == 3, variant

@@ -1,0 +1,303 @@
+"""Additive linears with 8-bit codes and 8 inputs per group: codebooks in shared memory, tensor cores.
+
+A codeword is 16 bytes. In shared memory every codeword stands several times
+side by side, a copy for each of the lanes that are served at once, so that
+random codes meet no bank conflict. The lanes' loads then are what a tensor
+core instruction takes: the weight is never formed elsewhere, and one look-up
+serves all tokens. Inputs are taken in the order in which a thread can read
+8 groups of codes in one load; sums are float32.
+
+Written in Gluon, because plain Triton can keep no table in shared memory
+across a loop. The address of the only allocation is that of the symbol
+`global_smem`; `check_alone` makes sure that there is no other.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.linear_launch import multiprocessors, split_target, sum_split
+from qcompiler.kernels.triton.shared_table import check_alone, table_bytes
+
+MAX_TOKENS = 64
+_CODES = 256
+# Of a codeword: one for each of the eight lanes that shared memory serves 16 bytes at once.
+_COPIES = 8
+
+
+@gluon.jit
+def _pair(word, HALF: gl.constexpr):
+    """Both halves of an int32 as HALF, in a new last dimension."""
+    lower = (word & 0xFFFF).to(gl.int16).to(HALF, bitcast=True)
+    upper = (word >> 16).to(gl.int16).to(HALF, bitcast=True)
+    return gl.join(lower, upper)
+
+
+@gluon.jit
+def _codewords(code, table, COPIES: gl.constexpr, HALF: gl.constexpr, W: gl.constexpr):
+    """Codewords HALF [BN, BG·8], in layout W, of the codes [BN, BG]; at `table` the lane's copies begin."""
+    a, b, c, d = gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,r",
+        [code.to(gl.int32) * (16 * COPIES) + table],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    evens = gl.join(_pair(a, HALF), _pair(c, HALF))  # [BN, BG, half, word // 2]
+    odds = gl.join(_pair(b, HALF), _pair(d, HALF))
+    words = gl.permute(gl.join(evens, odds), [0, 1, 3, 4, 2])
+    words = gl.reshape(words, [code.shape[0], code.shape[1] * 8])
+    return gl.convert_layout(words, W, assert_trivial=True)
+
+
+@gluon.jit
+def _in_turn(codes, BN: gl.constexpr, BG: gl.constexpr, COUNT: gl.constexpr):
+    """Codes [BN, BG·COUNT] as they lie, to [BN, BG, COUNT] in the order of `linear_additive_books`."""
+    runs = gl.reshape(codes, [BN, 4, BG // 4, COUNT])
+    return gl.reshape(gl.permute(runs, [0, 2, 1, 3]), [BN, BG, COUNT])
+
+
+@gluon.jit
+def _book_of_three(words, m: gl.constexpr, BN: gl.constexpr):
+    """Codes [BN, 16] of book m of 3, in turn; of each four int32 of words [BN, 16] three hold 4 groups."""
+    evens, odds = gl.split(gl.reshape(words, [BN, 4, 2, 2]))
+    w0, w2 = gl.split(evens)
+    w1, _ = gl.split(odds)
+    pairs = gl.join(
+        gl.join(_byte(w0, w1, w2, m), _byte(w0, w1, w2, 6 + m)),
+        gl.join(_byte(w0, w1, w2, 3 + m), _byte(w0, w1, w2, 9 + m)),
+    )
+    return gl.reshape(_in_turn(gl.reshape(pairs, [BN, 16]), BN, 16, 1), [BN, 16])
+
+
+@gluon.jit
+def _byte(w0, w1, w2, at: gl.constexpr):
+    """Byte `at` of three words."""
+    word = w0 if at < 4 else (w1 if at < 8 else w2)
+    return (word >> (at % 4 * 8)) & 255
+
+
+@gluon.jit
+def linear_additive_books(
+    x,
+    codes,
+    codebooks,
+    scales,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    G,
+    columns,
+    x_stride,
+    tiles_per_split,
+    COUNT: gl.constexpr,
+    COPIES: gl.constexpr,
+    BN: gl.constexpr,
+    BG: gl.constexpr,
+    BM: gl.constexpr,
+    WARPS: gl.constexpr,
+    TAIL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PRODUCT: gl.constexpr,
+    CODES: gl.constexpr,
+    FILL: gl.constexpr,
+):
+    """Grid (cdiv(N, BN), splits): out [M, N] in x's dtype, or float32 parts [splits, M, N].
+
+    x [M, K] float16 or bfloat16, rows x_stride apart; M at most BM. codes uint8 [N, columns]; with COUNT 3
+    int32, four of them in each, and BG 16. TAIL: 0 where K is a
+    multiple of 8·BG, 1 where of 8, else 2. PRODUCT,
+    CODES and FILL are the layouts that `book_layouts` gives.
+
+    The groups of a tile are taken in the order 0, R, 2R, 3R, 1, R + 1, … with R = BG/4.
+    """
+    W: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 8)
+    X: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 8)
+    HALF: gl.constexpr = x.dtype.element_ty
+    BK: gl.constexpr = BG * 8
+    RUN: gl.constexpr = BG // 4
+    VALUES: gl.constexpr = 2048 * COPIES
+
+    shared = gl.allocate_shared_memory(HALF, [COUNT, VALUES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    at = gl.arange(0, VALUES, layout=FILL)
+    for m in gl.static_range(COUNT):
+        values = gl.load(codebooks + m * 2048 + at // (8 * COPIES) * 8 + at % 8)
+        shared.index(m).store(values.to(HALF))
+    gl.thread_barrier()
+    # Not pure, so that neither it nor the loads that depend on it can move above the barrier.
+    table = gl.inline_asm_elementwise(
+        "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, $1; shl.b32 lane, lane, 4; "
+        "mov.u32 $0, global_smem; add.u32 $0, $0, lane; }",
+        "=r,r",
+        [gl.to_tensor(COPIES - 1)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+    split = gl.program_id(1)
+    first_row = gl.program_id(0) * BN
+    # Rows past the end read the last one and are not stored.
+    row = gl.minimum(first_row + gl.arange(0, BN, layout=gl.SliceLayout(1, CODES)), N - 1)
+    first = split * tiles_per_split
+    last = gl.minimum(first + tiles_per_split, gl.cdiv(G, BG))
+    # Codes of a tile: bytes, or with three books words that a thread has three of (and the last twice).
+    WIDTH: gl.constexpr = 12 if COUNT == 3 else BG * COUNT
+    if COUNT == 3:
+        column = gl.arange(0, 16, layout=gl.SliceLayout(0, CODES))
+        column = first * WIDTH + column // 4 * 3 + gl.minimum(column % 4, 2)
+    else:
+        column = first * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, CODES))
+    code_at = codes + row.to(gl.int64)[:, None] * columns + column[None, :]
+    k = gl.arange(0, BK, layout=gl.SliceLayout(1, X))
+    group = first * BG + (k // 8) % 4 * RUN + k // 32
+    token = gl.arange(0, BM, layout=gl.SliceLayout(0, X))
+    x_at = x + token.to(gl.int64)[None, :] * x_stride + (group * 8 + k % 8)[:, None]
+    inside = (token < M)[None, :]
+
+    acc = gl.zeros([BN, BM], gl.float32, layout=PRODUCT)
+    following = gl.load(code_at, mask=(column < columns)[None, :], other=0)
+    for tile in range(first, last):
+        code = following
+        code_at += WIDTH
+        column += WIDTH
+        ahead = (column < columns) & (tile + 1 < last)
+        following = gl.load(code_at, mask=ahead[None, :], other=0)
+        if TAIL == 0:
+            xt = gl.load(x_at, mask=inside, other=0.0)
+        elif TAIL == 1:
+            xt = gl.load(x_at, mask=inside & (group < G)[:, None], other=0.0)
+        else:
+            xt = gl.load(x_at, mask=inside & (group * 8 + k % 8 < K)[:, None], other=0.0)
+        x_at += BK
+        group += BG
+        if COUNT == 1:
+            book = gl.reshape(_in_turn(code, BN, BG, 1), [BN, BG])
+            acc = mma_v2(_codewords(book, table, COPIES, HALF, W), xt, acc)
+        elif COUNT == 2:
+            book, other = gl.split(_in_turn(code, BN, BG, 2))
+            acc = mma_v2(_codewords(book, table, COPIES, HALF, W), xt, acc)
+            acc = mma_v2(_codewords(other, table + 4096 * COPIES, COPIES, HALF, W), xt, acc)
+        else:
+            for m in gl.static_range(3):
+                book = _book_of_three(code, m, BN)
+                acc = mma_v2(_codewords(book, table + m * 4096 * COPIES, COPIES, HALF, W), xt, acc)
+
+    rn = first_row + gl.arange(0, BN, layout=gl.SliceLayout(1, PRODUCT))
+    rm = gl.arange(0, BM, layout=gl.SliceLayout(0, PRODUCT))
+    row_out = gl.minimum(rn, N - 1)
+    acc *= gl.load(scales + row_out).to(gl.float32)[:, None]
+    if HAS_BIAS:
+        acc += gl.load(bias + row_out).to(gl.float32)[:, None]
+    at_out = (split * M + rm).to(gl.int64)[None, :] * N + rn[:, None]
+    gl.store(out + at_out, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
+    shared._keep_alive()
+
+
+@cache
+def book_layouts(block_n: int, block_g: int, count: int, warps: int) -> dict[str, Any]:
+    """PRODUCT: rows over the warps; CODES: a row's codes by four threads; FILL: 8 values each."""
+    run = 4 if count == 3 else block_g // 4 * count
+    registers = [[0, 1 << i] for i in range(run.bit_length() - 1)] + [[8, 0]]
+    registers += [[16 * warps << i, 0] for i in range((block_n // (16 * warps)).bit_length() - 1)]
+    return {
+        "PRODUCT": gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[warps, 1], instr_shape=[16, 8]),
+        "CODES": gl.DistributedLinearLayout(
+            reg_bases=registers,
+            lane_bases=[[0, run], [0, 2 * run], [1, 0], [2, 0], [4, 0]],
+            warp_bases=[[16 << i, 0] for i in range(warps.bit_length() - 1)],
+            block_bases=[],
+            shape=[block_n, 4 * run],
+        ),
+        "FILL": gl.BlockedLayout([8], [32], [warps], [0]),
+    }
+
+
+def books_fit(x: torch.Tensor, codebooks: torch.Tensor) -> bool:
+    """Whether `run_books` can compute x [tokens, in_features] with codebooks [sets, M, 2^bits, d]."""
+    sets, count, codewords, group_size = codebooks.shape
+    return (
+        codewords == _CODES
+        and group_size == 8
+        and sets == 1
+        and (count <= 2 or (count == 3 and x.shape[1] % 32 == 0))
+        and x.shape[0] <= MAX_TOKENS
+        and x.element_size() == 2
+        and table_bytes(x.device) >= _table(count)
+    )
+
+
+def run_books(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The product [tokens, out_features] with x [tokens, in_features]; see `books_fit`."""
+    tokens, in_features = x.shape
+    out_features, columns = codes.shape
+    count = codebooks.shape[1]
+    groups = columns // count
+    block_n, block_g, warps, waves = _shape(tokens, count)
+    if count == 3:
+        codes = codes.view(torch.int32)
+    blocks = triton.cdiv(out_features, block_n)
+    tiles = triton.cdiv(groups, block_g)
+    programs = int(waves * multiprocessors(x.device))
+    per_split = triton.cdiv(tiles, max(1, min(tiles, programs // blocks)))
+    splits = triton.cdiv(tiles, per_split)
+    out, target = split_target(x, out_features, splits)
+    tail = 2 if in_features % 8 else int(in_features % (8 * block_g) != 0)
+    with on_device(x):
+        made = linear_additive_books[(blocks, splits)](
+            x,
+            codes,
+            codebooks,
+            scales,
+            bias if bias is not None else scales,
+            target,
+            tokens,
+            out_features,
+            in_features,
+            groups,
+            codes.shape[1],
+            x.stride(0),
+            per_split,
+            COUNT=count,
+            COPIES=_COPIES,
+            BN=block_n,
+            BG=block_g,
+            BM=max(8, triton.next_power_of_2(tokens)),
+            WARPS=warps,
+            TAIL=tail,
+            HAS_BIAS=bias is not None and splits == 1,
+            num_warps=warps,
+            **book_layouts(block_n, block_g, count, warps),
+        )
+        check_alone(made, _table(count))
+        return sum_split(target, bias, out)
+
+
+def _table(count: int) -> int:
+    return count * _CODES * _COPIES * 16
+
+
+def _shape(tokens: int, count: int) -> tuple[int, int, int, float]:
+    """Rows and groups of a tile, warps, programs per multiprocessor, as measured best on an H100."""
+    if count == 3:
+        return 128, 16, 8, 2
+    if tokens <= 8:
+        return 128, 32, 4, 2
+    return 128, 16, 8, 2
