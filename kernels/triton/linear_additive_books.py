@@ -24,8 +24,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from qcompiler.kernels.triton.launch import on_device
-from qcompiler.kernels.triton.linear_launch import multiprocessors, split_target, sum_split
+from qcompiler.kernels.triton.linear_launch import split_target, sum_split
 from qcompiler.kernels.triton.shared_table import check_alone, table_bytes
+from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 
 MAX_TOKENS = 64
 _CODES = 256
@@ -129,23 +130,6 @@ def linear_additive_books(
     RUN: gl.constexpr = BG // 4
     VALUES: gl.constexpr = 2048 * COPIES
 
-    shared = gl.allocate_shared_memory(HALF, [COUNT, VALUES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    at = gl.arange(0, VALUES, layout=FILL)
-    for m in gl.static_range(COUNT):
-        values = gl.load(codebooks + m * 2048 + at // (8 * COPIES) * 8 + at % 8)
-        shared.index(m).store(values.to(HALF))
-    gl.thread_barrier()
-    # Not pure, so that neither it nor the loads that depend on it can move above the barrier.
-    table = gl.inline_asm_elementwise(
-        "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, $1; shl.b32 lane, lane, 4; "
-        "mov.u32 $0, global_smem; add.u32 $0, $0, lane; }",
-        "=r,r",
-        [gl.to_tensor(COPIES - 1)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
     split = gl.program_id(1)
     first_row = gl.program_id(0) * BN
     # Rows past the end read the last one and are not stored.
@@ -166,8 +150,26 @@ def linear_additive_books(
     x_at = x + token.to(gl.int64)[None, :] * x_stride + (group * 8 + k % 8)[:, None]
     inside = (token < M)[None, :]
 
-    acc = gl.zeros([BN, BM], gl.float32, layout=PRODUCT)
+    # The first codes are on their way while the table is filled.
     following = gl.load(code_at, mask=(column < columns)[None, :], other=0)
+    shared = gl.allocate_shared_memory(HALF, [COUNT, VALUES], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    at = gl.arange(0, VALUES, layout=FILL)
+    for m in gl.static_range(COUNT):
+        values = gl.load(codebooks + m * 2048 + at // (8 * COPIES) * 8 + at % 8)
+        shared.index(m).store(values.to(HALF))
+    gl.thread_barrier()
+    # Not pure, so that neither it nor the loads that depend on it can move above the barrier.
+    table = gl.inline_asm_elementwise(
+        "{ .reg .b32 lane; mov.u32 lane, %laneid; and.b32 lane, lane, $1; shl.b32 lane, lane, 4; "
+        "mov.u32 $0, global_smem; add.u32 $0, $0, lane; }",
+        "=r,r",
+        [gl.to_tensor(COPIES - 1)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+    acc = gl.zeros([BN, BM], gl.float32, layout=PRODUCT)
     for tile in range(first, last):
         code = following
         code_at += WIDTH
@@ -238,30 +240,43 @@ def books_fit(x: torch.Tensor, codebooks: torch.Tensor) -> bool:
     )
 
 
+def books_config(tokens: int, out_features: int, in_features: int, sms: int) -> LinearConfig:
+    """A sane configuration: three programs, each with a table of its own, fit a multiprocessor."""
+    block_m = max(8, token_bucket(tokens))
+    warps = 4 if block_m <= 16 else 8
+    blocks, tiles = triton.cdiv(out_features, 128), triton.cdiv(in_features, 8 * _groups(block_m))
+    # Time in tiles, one more for a program's start. Fewer than three programs leave a multiprocessor waiting.
+    split = min(
+        range(1, min(tiles, 64) + 1),
+        key=lambda s: max(3, triton.cdiv(blocks * s, sms)) * (triton.cdiv(tiles, s) + 1),
+    )
+    return LinearConfig("shared", 128, block_m, split, warps, 1)
+
+
 def run_books(
     x: torch.Tensor,
     codes: torch.Tensor,
     codebooks: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
+    config: LinearConfig,
 ) -> torch.Tensor:
     """The product [tokens, out_features] with x [tokens, in_features]; see `books_fit`."""
     tokens, in_features = x.shape
     out_features, columns = codes.shape
     count = codebooks.shape[1]
     groups = columns // count
-    block_n, block_g, warps, waves = _shape(tokens, count)
     if count == 3:
         codes = codes.view(torch.int32)
-    blocks = triton.cdiv(out_features, block_n)
+    block_m = max(8, token_bucket(tokens))
+    block_g = 16 if count == 3 else _groups(block_m)
     tiles = triton.cdiv(groups, block_g)
-    programs = int(waves * multiprocessors(x.device))
-    per_split = triton.cdiv(tiles, max(1, min(tiles, programs // blocks)))
+    per_split = triton.cdiv(tiles, config.split_k)
     splits = triton.cdiv(tiles, per_split)
     out, target = split_target(x, out_features, splits)
     tail = 2 if in_features % 8 else int(in_features % (8 * block_g) != 0)
     with on_device(x):
-        made = linear_additive_books[(blocks, splits)](
+        made = linear_additive_books[(triton.cdiv(out_features, config.block_n), splits)](
             x,
             codes,
             codebooks,
@@ -277,14 +292,14 @@ def run_books(
             per_split,
             COUNT=count,
             COPIES=_COPIES,
-            BN=block_n,
+            BN=config.block_n,
             BG=block_g,
-            BM=max(8, triton.next_power_of_2(tokens)),
-            WARPS=warps,
+            BM=block_m,
+            WARPS=config.num_warps,
             TAIL=tail,
             HAS_BIAS=bias is not None and splits == 1,
-            num_warps=warps,
-            **book_layouts(block_n, block_g, count, warps),
+            num_warps=config.num_warps,
+            **book_layouts(config.block_n, block_g, count, config.num_warps),
         )
         check_alone(made, _table(count))
         return sum_split(target, bias, out)
@@ -294,10 +309,6 @@ def _table(count: int) -> int:
     return count * _CODES * _COPIES * 16
 
 
-def _shape(tokens: int, count: int) -> tuple[int, int, int, float]:
-    """Rows and groups of a tile, warps, programs per multiprocessor, as measured best on an H100."""
-    if count == 3:
-        return 128, 16, 8, 2
-    if tokens <= 8:
-        return 128, 32, 4, 2
-    return 128, 16, 8, 2
+def _groups(block_m: int) -> int:
+    """Groups of a tile: with many tokens the registers hold fewer."""
+    return 32 if block_m == 8 else 16

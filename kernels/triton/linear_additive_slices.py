@@ -28,9 +28,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from qcompiler.kernels.triton.launch import on_device
 from qcompiler.kernels.triton.linear_launch import multiprocessors, sum_split
 from qcompiler.kernels.triton.shared_table import check_alone, table_bytes
+from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 
-MAX_TOKENS = 64
+MAX_TOKENS = 32
 _SLICE_BYTES = 2 * 65536
+_GROUPS = 64  # of a tile
 
 
 @triton.jit
@@ -190,6 +192,20 @@ def slices_fit(x: torch.Tensor) -> bool:
     return x.shape[0] <= MAX_TOKENS and x.element_size() == 2 and table_bytes(x.device) >= _SLICE_BYTES
 
 
+def slices_config(tokens: int, out_features: int, in_features: int, sms: int) -> LinearConfig:
+    """A sane configuration: the workers of a slice end at about the same time."""
+    block_m = max(8, token_bucket(tokens))
+    block_n, warps = (256, 16) if block_m <= 16 else (128, 8)
+    workers = max(1, sms // 4)
+    blocks, tiles = triton.cdiv(out_features, block_n), triton.cdiv(in_features, 8 * _GROUPS)
+    # Time in tiles, one more for the start and end of a part.
+    split = min(
+        range(1, min(tiles, 8) + 1),
+        key=lambda s: triton.cdiv(blocks * s, workers) * (triton.cdiv(tiles, s) + 1),
+    )
+    return LinearConfig("shared", block_n, block_m, split, warps, 1)
+
+
 def run_slices(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -197,17 +213,16 @@ def run_slices(
     table_scale: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
+    config: LinearConfig,
 ) -> torch.Tensor:
     """The product [tokens, out_features] with x [tokens, in_features]; see `slices_fit`."""
     tokens, in_features = x.shape
     out_features, columns = codes.shape
-    block_n, block_g, warps = 128, 64, 8
-    groups = triton.cdiv(columns, block_g) * block_g
+    groups = triton.cdiv(columns, _GROUPS) * _GROUPS
     workers = max(1, multiprocessors(x.device) // 4)
-    splits = _splits(triton.cdiv(out_features, block_n), groups // block_g, workers)
     sliced = x.new_empty((4, tokens, groups, 2))
     out = x.new_empty((tokens, out_features))
-    parts = x.new_empty((4 * splits, tokens, out_features), dtype=torch.float32)
+    parts = x.new_empty((4 * config.split_k, tokens, out_features), dtype=torch.float32)
     with on_device(x):
         slice_inputs[(triton.cdiv(8 * groups, 1024), tokens)](
             x, sliced, tokens, in_features, groups, x.stride(0), BK=1024, num_warps=4
@@ -223,23 +238,14 @@ def run_slices(
             out_features,
             groups,
             columns,
-            splits,
+            config.split_k,
             workers,
-            BN=block_n,
-            BG=block_g,
-            BM=max(8, triton.next_power_of_2(tokens)),
-            WARPS=warps,
-            num_warps=warps,
-            **slice_layouts(block_n, block_g, warps),
+            BN=config.block_n,
+            BG=_GROUPS,
+            BM=max(8, token_bucket(tokens)),
+            WARPS=config.num_warps,
+            num_warps=config.num_warps,
+            **slice_layouts(config.block_n, _GROUPS, config.num_warps),
         )
         check_alone(made, _SLICE_BYTES)
         return sum_split(parts, bias, out)
-
-
-@cache
-def _splits(blocks: int, tiles: int, workers: int) -> int:
-    """Parts of the columns with which the workers of a slice finish soonest, in tiles each."""
-    return min(
-        (s for s in (1, 2, 3, 4, 6, 8) if s <= tiles),
-        key=lambda s: (triton.cdiv(blocks * s, workers) * (triton.cdiv(tiles, s) + 1), s),
-    )

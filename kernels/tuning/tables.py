@@ -19,7 +19,7 @@ from typing import Any
 from qcompiler.kernels.errors import ArtifactError
 
 _FOLDER = Path(__file__).parent
-KINDS = ("gemv", "quads", "gemm", "wide", "dense")
+KINDS = ("gemv", "quads", "gemm", "wide", "dense", "shared")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LinearConfig:
 
     Args:
         kind: "gemv" or "quads" (float32 units), "gemm" or "wide" (tensor cores, fused, few or many tokens),
-            or "dense" (dequantize, library matmul).
+            "shared" (tensor cores, codebooks in shared memory), or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features.

@@ -130,14 +130,18 @@ class Machine:
             for name, value in zip(names, np.split(data, count, axis=1), strict=True):
                 self._set(name, _join(value), active)
         else:
-            bits = [(self._get(name)[:, None] >> (8 * np.arange(size, dtype=np.uint64))) & 0xFF for name in names]
+            bits = [
+                (self._get(name)[:, None] >> (8 * np.arange(size, dtype=np.uint64))) & 0xFF for name in names
+            ]
             self._write(parts[1], at, np.concatenate(bits, axis=1).astype(np.uint8), active)
 
     def _where(self, space: str, at: np.ndarray, size: int, active: np.ndarray):
         """Each active thread's buffer and the offsets of its bytes there."""
         for base, data in [(0, self.shared)] if space == "shared" else self.buffers:
             offset = at.astype(np.int64) - base
-            mine = active & (offset >= 0) & (offset < (1 << 20 if space == "shared" else data.size + (1 << 18)))
+            mine = (
+                active & (offset >= 0) & (offset < (1 << 20 if space == "shared" else data.size + (1 << 18)))
+            )
             if mine.any():
                 assert (offset[mine] + size <= data.size).all(), f"{space} access past the end of a buffer"
                 yield data, mine, offset[mine][:, None] + np.arange(size)
@@ -162,7 +166,11 @@ class Machine:
         results = [np.zeros(self.threads, np.uint64) for _ in range(4)]
         for warp in range(0, self.threads, 32):
             mine = slice(warp, warp + 32)
-            a, b, c = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32), np.zeros((16, 8), np.float32)
+            a, b, c = (
+                np.zeros((16, 16), np.float32),
+                np.zeros((16, 8), np.float32),
+                np.zeros((16, 8), np.float32),
+            )
             for i, register in enumerate(groups[1]):
                 for half_of in (0, 1):
                     value = _half(register[mine] >> np.uint64(16 * half_of), half)
@@ -289,5 +297,9 @@ def _convert(types: list[str], given: list[np.ndarray]) -> np.ndarray:
     if source in ("f16", "bf16"):
         return _bits(_half(given[0], np.float16 if source == "f16" else None))
     from_width, to_width = int(source[1:]), int(target[1:])
-    value = _signed(given[0], from_width).view(np.uint64) if source[0] == "s" else given[0] & np.uint64(2**from_width - 1)
+    value = (
+        _signed(given[0], from_width).view(np.uint64)
+        if source[0] == "s"
+        else given[0] & np.uint64(2**from_width - 1)
+    )
     return value & np.uint64(2**to_width - 1)

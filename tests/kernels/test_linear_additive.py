@@ -9,6 +9,7 @@ import qcompiler.kernels.ops  # noqa: F401
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import ADDITIVE, AdditiveSpec
 from qcompiler.kernels.formats.additive import num_groups
+from qcompiler.kernels.tuning.tables import LinearConfig
 
 SCHEMES = ["2x8", "1x16", "1x12", "3x8", "2x5"]
 
@@ -117,6 +118,84 @@ def test_kernels_take_half_precision(dtype, tokens):
     # The tensor cores take the weight rounded to x's dtype.
     error = (found.float() - x.float() @ dense.T).norm() / (x.float() @ dense.T).norm()
     assert error < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", ["gemv", "gemm", "dense"])
+@pytest.mark.parametrize("scheme", ["2x8", "1x16"])
+def test_every_road_gives_what_the_reference_gives(kind, scheme):
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec, k = AdditiveSpec.parse(scheme), 76
+    tensors = {part: t.to(device) for part, t in quantized(spec, (19, 14), k).items()}
+    x, bias = torch.randn(3, k, device=device), torch.randn(33, device=device)
+    op, arguments = ADDITIVE.op_call(spec, x, tensors, bias, k)
+    found = linear_additive_triton(*arguments, config=LinearConfig(kind))
+    wanted = op(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments))
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=2e-4)
+
+
+def test_roads_that_do_not_exist_are_refused():
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    spec = AdditiveSpec(2, 8)
+    _, arguments = ADDITIVE.op_call(spec, torch.randn(3, 72), quantized(spec, (40,), 72), None, 72)
+    with pytest.raises(InvalidInputError, match="shared table"):  # float32 is never rounded
+        linear_additive_triton(*arguments, config=LinearConfig("shared", 128, 8, 1, 4, 1))
+    with pytest.raises(InvalidInputError, match="no kernel of kind 'wide'"):
+        linear_additive_triton(*arguments, config=LinearConfig("wide"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("scheme", "n", "k", "tokens", "dtype", "shared"),
+    [
+        ("2x8", 37, 320, 1, torch.bfloat16, True),
+        ("2x8", 128, 512, 3, torch.float16, True),
+        ("2x8", 200, 1000, 9, torch.bfloat16, True),
+        ("2x8", 9, 75, 17, torch.float16, True),
+        ("1x8", 130, 776, 1, torch.bfloat16, True),
+        ("3x8", 130, 800, 2, torch.bfloat16, True),
+        ("3x8", 130, 776, 12, torch.float16, True),
+        ("2x8", 37, 320, 1, torch.bfloat16, False),
+        ("2x8", 200, 1000, 9, torch.bfloat16, False),
+    ],
+)
+def test_codebooks_in_shared_memory_by_default_or_not(scheme, n, k, tokens, dtype, shared, monkeypatch):
+    from qcompiler.kernels.triton import linear_additive as launcher
+
+    monkeypatch.setattr(launcher, "SHARED_BY_DEFAULT", shared)
+    spec = AdditiveSpec.parse(scheme)
+    tensors = {part: t.cuda() for part, t in quantized(spec, (n,), k).items()}
+    # Columns past K are NaN in memory: a kernel that reads them gives NaN.
+    x = torch.full((tokens, k + 13), float("nan"), dtype=dtype, device="cuda")[:, :k]
+    x.copy_(torch.randn(tokens, k))
+    bias = torch.randn(n, device="cuda").to(dtype)
+    _, arguments = ADDITIVE.op_call(spec, x, tensors, bias, k)
+    found = launcher.linear_additive_triton(*arguments).double()
+    wanted = x.double() @ ADDITIVE.dequantize(spec, tensors, k, torch.float64).T + bias.double()
+    # The tensor cores take codewords, or their sum, rounded to x's dtype.
+    assert (found - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("block_n", "warps", "split"), [(64, 4, 3), (128, 4, 64), (128, 8, 1), (256, 8, 2)])
+def test_shared_tables_with_any_sizes(block_n, warps, split):
+    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+
+    spec, k = AdditiveSpec(2, 8), 1304
+    tensors = {part: t.cuda() for part, t in quantized(spec, (300,), k).items()}
+    x = torch.randn(5, k, device="cuda").half()
+    _, arguments = ADDITIVE.op_call(spec, x, tensors, None, k)
+    config = LinearConfig("shared", block_n, 8, split, warps, 1)
+    found = linear_additive_triton(*arguments, config=config).double()
+    wanted = x.double() @ ADDITIVE.dequantize(spec, tensors, k, torch.float64).T
+    assert (found - wanted).norm() / wanted.norm() < torch.finfo(torch.float16).eps
+    assert torch.equal(found, linear_additive_triton(*arguments, config=config).double())
 
 
 def test_no_tokens_give_no_rows():

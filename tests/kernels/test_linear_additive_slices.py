@@ -10,6 +10,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import ADDITIVE, AdditiveSpec
 from qcompiler.kernels.ops.linear_additive_slices import LINEAR_ADDITIVE_SLICES, pack_slices
 from qcompiler.kernels.providers import AdditiveSlices
+from qcompiler.kernels.tuning.tables import LinearConfig
 
 SPEC = AdditiveSpec(1, 16)
 
@@ -66,22 +67,52 @@ def test_provider_prepares_what_the_op_takes():
     assert (y - wanted).norm() / wanted.norm() < 0.02
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("n", "k", "tokens"), [(37, 300, 1), (128, 512, 3), (200, 1000, 9), (1000, 776, 64)])
-def test_kernel_gives_what_the_reference_gives(n, k, tokens, dtype):
+def on_gpu(n, k, tokens, dtype):
+    """A provider and its arguments; columns past K are NaN in memory."""
     tensors = {part: t.cuda() for part, t in quantized(n, k).items()}
     packed = tensors | pack_slices(tensors["codebooks"]) | {"bias": torch.randn(n, device="cuda").to(dtype)}
-    # Columns past K are NaN in memory: a kernel that reads them gives NaN.
     x = torch.full((tokens, k + 13), float("nan"), dtype=dtype, device="cuda")[:, :k]
     x.copy_(torch.randn(tokens, k))
     provider = AdditiveSlices(torch.device("cuda"), dtype)
-    arguments = provider.bind(x, packed, {"bits": 16, "in_features": k})
-    found = provider.op(*arguments)
-    wanted = LINEAR_ADDITIVE_SLICES.reference(x.double().cpu(), *(
-        a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments[1:]
-    ))  # fmt: skip
-    # Products of exact weights in float32; one rounding of the result.
-    error = (found.cpu().double() - wanted.double()).norm() / wanted.double().norm()
-    assert error < torch.finfo(dtype).eps
+    return provider, provider.bind(x, packed, {"bits": 16, "in_features": k})
+
+
+def check(found, arguments, dtype):
+    exact = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+    wanted = LINEAR_ADDITIVE_SLICES.reference(exact[0].double(), *exact[1:])
+    # The other roads round the weight to x's dtype.
+    assert (found.cpu().double() - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("n", "k", "tokens", "dtype", "shared"),
+    [
+        (37, 300, 1, torch.bfloat16, True),
+        (128, 512, 3, torch.float16, True),
+        (600, 1000, 9, torch.bfloat16, True),
+        (1000, 776, 32, torch.float16, True),
+        (37, 300, 1, torch.bfloat16, False),
+        (200, 1000, 9, torch.float16, False),
+    ],
+)
+def test_slices_in_shared_memory_by_default_or_not(n, k, tokens, dtype, shared, monkeypatch):
+    from qcompiler.kernels.triton import linear_additive as launcher
+
+    monkeypatch.setattr(launcher, "SHARED_BY_DEFAULT", shared)
+    provider, arguments = on_gpu(n, k, tokens, dtype)
+    check(provider.op(*arguments), arguments, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("kind", "split"), [("shared", 1), ("shared", 5), ("gemv", 1), ("gemm", 1), ("dense", 1)]
+)
+def test_every_road_gives_what_the_reference_gives(kind, split):
+    from qcompiler.kernels.triton.linear_additive import linear_additive_slices_triton
+
+    _, arguments = on_gpu(300, 2100, 4, torch.bfloat16)
+    config = LinearConfig(kind, 128, 8, split, 8, 1)
+    check(linear_additive_slices_triton(*arguments, config=config), arguments, torch.bfloat16)

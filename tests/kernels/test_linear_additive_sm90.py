@@ -24,7 +24,7 @@ VARIANTS = [
 SCRIPT = """
 import sys
 from offline import compile_sm90
-from qcompiler.kernels.triton import linear_additive as kernels
+from qcompiler.kernels.triton import linear_additive_kernels as kernels
 
 for variant in sys.argv[1:]:
     name, count, bits, d, tokens = variant.split(",")
