@@ -2,8 +2,8 @@
 
 The codebook is rounded to int8 with one scale, so that a quarter of it fits
 the shared memory of a multiprocessor. That moves a codebook of normally
-distributed values by about 1 % of their size, where two bits a weight leave
-an error of about 30 %. `codebooks` then holds the rounded values again, so
+distributed values by about 1 % of their size, little beside what two bits a
+weight lose. `codebooks` then holds the rounded values again, so
 that kernels for few and for many tokens compute with one and the same weight.
 """
 
@@ -55,7 +55,7 @@ def pack_slices(codebooks: torch.Tensor) -> dict[str, torch.Tensor]:
     return {
         "codebooks": (codes * scale).to(torch.float16).view_as(codebooks),
         "tables": codes.to(torch.int8).view(-1, 4, 2).transpose(0, 1).contiguous(),
-        "table_scale": torch.full((1,), scale, device=codebooks.device),
+        "table_scale": torch.full((1,), scale, dtype=torch.float32, device=codebooks.device),
     }
 
 

@@ -75,7 +75,6 @@ def linear_additive_triton(
             flat.shape[0],
             out_features,
             in_features,
-            flat.dtype,
             books_config if shared and SHARED_BY_DEFAULT else None,
             multiprocessors(x.device),
         )
@@ -132,7 +131,6 @@ def heuristic(
     tokens: int,
     out_features: int,
     in_features: int,
-    dtype: torch.dtype,
     shared: Callable[[int, int, int, int], LinearConfig] | None,
     sms: int,
 ) -> LinearConfig:

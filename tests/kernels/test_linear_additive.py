@@ -148,6 +148,20 @@ def test_roads_that_do_not_exist_are_refused():
         linear_additive_triton(*arguments, config=LinearConfig("wide"))
 
 
+def test_heuristic_leaves_no_program_without_work():
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton import linear_additive as launcher
+
+    kinds = [launcher.heuristic(m, 4096, 14336, None, 132).kind for m in (1, 4, 5, 128, 129)]
+    assert kinds == ["gemv", "gemv", "gemm", "gemm", "dense"]
+    for choose in (launcher.books_config, launcher.slices_config):
+        assert launcher.heuristic(33, 4096, 14336, choose, 132).kind == "gemm"
+        for n, k in ((4096, 14336), (28672, 8192), (1000, 75), (1, 8)):
+            config = launcher.heuristic(1, n, k, choose, 132)
+            assert config.kind == "shared"
+            assert config.split_k == 1 or config.split_k * 16 * 8 < k
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
