@@ -204,7 +204,7 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool):
 
 
 def _additive(spec: AdditiveSpec, tokens: int):
-    if tokens <= 64 and spec.group_size == 8 and spec.bits == 8:
+    if tokens <= 64 and spec.group_size == 8 and spec.bits in (8, 12):
         for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
             for split in (1, 2, 4, 6, 8, 12, 16):
                 yield LinearConfig("shared", block_n, max(8, token_bucket(tokens)), split, warps, 1)

@@ -1,7 +1,7 @@
 """Launchers of `qcompiler::linear_additive` and `linear_additive_slices`: which kernel runs, and how.
 
-- up to 32 tokens, codebooks that fit shared memory: `linear_additive_books` (8-bit codes) and
-  `linear_additive_slices` (16-bit codes, prepared weights), each in a file of its own;
+- up to 32 tokens, codebooks that fit shared memory: `linear_additive_books` (8- and 12-bit
+  codes) and `linear_additive_slices` (16-bit codes, prepared weights), each in a file of its own;
 - one token otherwise, one set of small codebooks: `linear_additive_tables`;
 - all else: `linear_additive_kernels`, and the library's matmul for many tokens.
 
@@ -9,8 +9,6 @@ Split-K parts are summed by a second kernel in a fixed order: results are reprod
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import triton
@@ -69,13 +67,13 @@ def linear_additive_triton(
     out_features = codes.shape[0]
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], out_features))
-    shared = COMPILED and books_fit(flat, codebooks)
+    shared = COMPILED and books_fit(flat, codes, codebooks)
     if config is None:
         config = _measured(flat, codebooks, out_features, shared) or heuristic(
             flat.shape[0],
             out_features,
             in_features,
-            books_config if shared and SHARED_BY_DEFAULT else None,
+            (bits, codebooks.shape[1]) if shared and SHARED_BY_DEFAULT else None,
             multiprocessors(x.device),
         )
     if config.kind == "shared":
@@ -131,16 +129,17 @@ def heuristic(
     tokens: int,
     out_features: int,
     in_features: int,
-    shared: Callable[[int, int, int, int], LinearConfig] | None,
+    shared: tuple[int, int] | None,
     sms: int,
 ) -> LinearConfig:
     """A sane configuration where nothing was measured.
 
-    Codebooks in shared memory where they fit (`shared`); else few tokens by look-up, more on the tensor
-    cores, and where the same codewords would be looked up for many tiles of tokens, once for all of them.
+    Codebooks in shared memory where they fit (`shared`: their bits and number); else few tokens by look-up,
+    more on the tensor cores, and where the same codewords would be looked up for many tiles of tokens, once
+    for all of them.
     """
     if shared is not None and tokens <= _MAX_SHARED_TOKENS:
-        return shared(tokens, out_features, in_features, sms)
+        return books_config(tokens, out_features, in_features, *shared, sms)
     if tokens <= _MAX_LOOKUP_TOKENS:
         return LinearConfig("gemv")
     return LinearConfig("gemm" if tokens <= _MAX_GEMM_TOKENS else "dense")

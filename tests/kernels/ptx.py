@@ -248,6 +248,9 @@ def _compute(kind: str, types: list[str], given: list[np.ndarray]) -> np.ndarray
         chosen = [given[2] >> np.uint64(4 * i) & np.uint64(7) for i in range(4)]
         assert not (given[2] & np.uint64(0x8888)).any(), "a selector with its top bit set replicates signs"
         return _join(np.stack([(data >> (8 * c)) & np.uint64(0xFF) for c in chosen], axis=1))
+    if kind == "shf":  # of two words, the first the lower; wrapping
+        wide, count = given[0] & mask | given[1] << np.uint64(32), given[2] & np.uint64(31)
+        return (wide << count >> np.uint64(32) if types[0] == "l" else wide >> count) & mask
     if last in ("f16x2", "bf16x2"):
         half = np.float16 if last == "f16x2" else None
         halves = []

@@ -154,12 +154,14 @@ def test_heuristic_leaves_no_program_without_work():
 
     kinds = [launcher.heuristic(m, 4096, 14336, None, 132).kind for m in (1, 4, 5, 128, 129)]
     assert kinds == ["gemv", "gemv", "gemm", "gemm", "dense"]
-    for choose in (launcher.books_config, launcher.slices_config):
-        assert launcher.heuristic(33, 4096, 14336, choose, 132).kind == "gemm"
-        for n, k in ((4096, 14336), (28672, 8192), (1000, 75), (1, 8)):
-            config = launcher.heuristic(1, n, k, choose, 132)
+    assert launcher.heuristic(33, 4096, 14336, (8, 2), 132).kind == "gemm"
+    for n, k in ((4096, 14336), (28672, 8192), (1000, 75), (1, 8)):
+        for shared in ((8, 1), (8, 2), (8, 3), (8, 4), (12, 1), (12, 2)):
+            config = launcher.heuristic(1, n, k, shared, 132)
             assert config.kind == "shared"
             assert config.split_k == 1 or config.split_k * 16 * 8 < k
+        config = launcher.slices_config(1, n, k, 132)
+        assert config.split_k == 1 or config.split_k * 64 * 8 < k
 
 
 @pytest.mark.gpu
@@ -174,6 +176,9 @@ def test_heuristic_leaves_no_program_without_work():
         ("1x8", 130, 776, 1, torch.bfloat16, True),
         ("3x8", 130, 800, 2, torch.bfloat16, True),
         ("3x8", 130, 776, 12, torch.float16, True),
+        ("4x8", 130, 776, 1, torch.bfloat16, True),
+        ("1x12", 130, 768, 3, torch.bfloat16, True),
+        ("2x12", 300, 800, 1, torch.float16, True),
         ("2x8", 37, 320, 1, torch.bfloat16, False),
         ("2x8", 200, 1000, 9, torch.bfloat16, False),
     ],

@@ -16,12 +16,15 @@ from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive_slices import pack_slices
 
 HERE = Path(__file__).parent
-# (codebooks, dtype, rows, tile of rows, groups, tokens, warps, in features, tokens per tile, parts of K)
+# (bits, codebooks, dtype, rows, tile: rows, groups; tokens, warps, in features, tokens per tile, parts of K)
 BOOKS = [
-    (1, "bf16", 130, 128, 32, 1, 8, 776, 8, 2),
-    (2, "bf16", 130, 128, 32, 3, 4, 512, 8, 1),
-    (2, "fp16", 37, 64, 16, 9, 4, 300, 16, 2),
-    (3, "fp16", 130, 128, 16, 2, 8, 160, 8, 1),
+    (8, 1, "bf16", 130, 128, 32, 1, 8, 776, 8, 2),
+    (8, 2, "bf16", 130, 128, 32, 3, 4, 512, 8, 1),
+    (8, 2, "fp16", 37, 64, 16, 9, 4, 300, 16, 2),
+    (8, 3, "fp16", 130, 128, 16, 2, 8, 160, 8, 1),
+    (8, 4, "bf16", 40, 64, 16, 1, 4, 200, 8, 1),
+    (12, 1, "fp16", 40, 64, 32, 3, 4, 320, 8, 1),
+    (12, 2, "fp16", 40, 64, 16, 1, 4, 160, 8, 1),
 ]
 SLICES = [
     ("bf16", 300, 256, 3, 16, 300, 8, 1, 2),
@@ -31,18 +34,20 @@ SLICES = [
 SCRIPT = """
 import json, sys
 from offline import compile_sm90
-from qcompiler.kernels.triton.linear_additive_books import book_layouts, linear_additive_books
+from qcompiler.kernels.triton.linear_additive_books import (
+    book_layouts, copies, in_words, linear_additive_books
+)
 from qcompiler.kernels.triton.linear_additive_slices import linear_additive_slices, slice_layouts
 
 made = []
 books, slices = json.load(sys.stdin)
 common = dict(scales="*fp16", out="*fp32", M="i32", N="i32", columns="i32")
-for count, half, _, bn, bg, _, warps, k, bm, _ in books:
+for bits, count, half, _, bn, bg, _, warps, k, bm, _ in books:
     tail = 2 if k % 8 else int(k % (8 * bg) != 0)
-    types = common | dict(x="*" + half, codes="*i32" if count == 3 else "*u8", codebooks="*fp16",
+    types = common | dict(x="*" + half, codes="*i32" if in_words(bits, count) else "*u8", codebooks="*fp16",
                           bias="*" + half, K="i32", G="i32", x_stride="i32:16", tiles_per_split="i32")
-    constants = dict(COUNT=count, COPIES=8, BN=bn, BG=bg, BM=bm, WARPS=warps, TAIL=tail, HAS_BIAS=True)
-    constants |= book_layouts(bn, bg, count, warps)
+    constants = dict(BITS=bits, COUNT=count, COPIES=copies(bits), BN=bn, BG=bg, BM=bm, WARPS=warps,
+                     TAIL=tail, HAS_BIAS=True) | book_layouts(bn, bg, bits, count, warps)
     made.append(compile_sm90(linear_additive_books, types, constants, num_warps=warps))
 for half, _, bn, _, warps, _, bm, _, _ in slices:
     types = common | dict(x="*" + half, codes="*i16", tables="*i32", table_scale="*fp32", G="i32:16",
@@ -80,16 +85,17 @@ def array(tensor: torch.Tensor):
 def test_codebooks_in_shared_memory(case, compiled):
     from ptx import Machine
 
-    count, half, n, bn, bg, tokens, warps, k, _, splits = BOOKS[case]
+    bits, count, half, n, bn, bg, tokens, warps, k, _, splits = BOOKS[case]
     dtype = torch.bfloat16 if half == "bf16" else torch.float16
-    spec = AdditiveSpec(count, 8)
+    spec = AdditiveSpec(count, bits)
     tensors = quantized(spec, n, k)
     # Rows are 16 values further apart than they need, NaN between them.
     x = torch.full((tokens, -(-k // 16) * 16 + 16), float("nan")).to(dtype)
     x[:, :k] = torch.randn(tokens, k)
     bias = torch.randn(n).to(dtype)
     out = torch.full((splits, tokens, n), float("nan"))
-    codes = tensors["codes"].view(torch.int32) if count == 3 else tensors["codes"]
+    by_words = bits == 12 or count == 3
+    codes = tensors["codes"].view(torch.int32) if by_words else tensors["codes"]
     groups = num_groups(8, k)
     tiles = -(-groups // bg)
     per_split = -(-tiles // splits)
