@@ -339,6 +339,8 @@ class AdditiveSlices(Provider):
             return "runs on GPUs"
         if self.dtype not in (torch.float16, torch.bfloat16):
             return f"would round {self.dtype}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(self.device) < (9, 0):
+            return "needs the shared memory of a Hopper GPU"
         if tuple(tensors["codebooks"].shape) != (1, 1, 65536, 8):
             return f"holds one codebook of 65536 by 8, not {list(tensors['codebooks'].shape)}"
         return None

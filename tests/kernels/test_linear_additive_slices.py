@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -65,6 +67,20 @@ def test_provider_prepares_what_the_op_takes():
     wanted = op(*exact)
     # The rounding of the codebook, see above.
     assert (y - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
+def test_inputs_are_dealt_out_to_the_slices():
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton.linear_additive_slices import slice_inputs
+
+    tokens, k, groups = 3, 75, 64
+    x = torch.full((tokens, k + 5), float("nan"))[:, :k]
+    x.copy_(torch.randn(tokens, k))
+    sliced = torch.full((4, tokens, groups, 2), float("nan"))
+    slice_inputs[(4, tokens)](x, sliced, tokens, k, groups, x.stride(0), BK=128)
+    whole = torch.nn.functional.pad(x, (0, 8 * groups - k))
+    assert torch.equal(sliced, whole.view(tokens, groups, 4, 2).permute(2, 0, 1, 3))
 
 
 def on_gpu(n, k, tokens, dtype):

@@ -115,7 +115,11 @@ for variant in sys.argv[1:]:
     lookups = sum(code.startswith("LDS.128" if name == "books" else "LDS.U16") for code in loop)
     products = sum(code.startswith("HMMA") for code in loop)
     narrow = sum(code.startswith("LDG") and not code.endswith(("64", "128")) for code in loop)
-    print(variant, made.registers, made.spill_bytes, made.shared_bytes, len(loop), lookups, products, narrow)
+    lines = made.sass.splitlines()
+    barrier = max(i for i, line in enumerate(lines) if " BAR.SYNC" in line)
+    early = sum(" LDS." in line for line in lines[:barrier])
+    print(variant, made.registers, made.spill_bytes, made.shared_bytes, len(loop), lookups, products, narrow,
+          early)
 """
 
 
@@ -133,12 +137,13 @@ def test_kernels_with_a_table_in_shared_memory_compile_for_sm90():
     for (name, bits, count, tokens, rows, groups, warps), (variant, *numbers) in zip(
         TABLES, lines, strict=True
     ):
-        registers, spilled, shared, length, lookups, products, narrow = map(int, numbers)
+        registers, spilled, shared, length, lookups, products, narrow, early = map(int, numbers)
         assert spilled == 0, variant
         assert registers <= 255, variant
         # The table alone, so that it stands where the kernel looks for it.
         table = 2 * 65536 if name == "slices" else count * (16 << bits) * (8 if bits == 8 else 1)
         assert shared == table, variant
+        assert early == 0, f"{variant}: a look-up stands before the table is complete"
         # A look-up per code, and nothing of the weight anywhere but in registers.
         assert lookups == count * rows * groups // (32 * warps), variant
         assert products == lookups // (1 if name == "books" else 4) * (tokens // 8), variant
