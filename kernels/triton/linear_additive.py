@@ -60,7 +60,8 @@ def linear_additive_triton(
     chooses the kernel alone, of "shared" the sizes too.
 
     Raises:
-        InvalidInputError: A config "shared" for what `books_fit` refuses, or one of an unknown kind.
+        InvalidInputError: A config "shared" for what `books_fit` refuses or of sizes that do not go together,
+            or one of an unknown kind.
     """
     check_linear_additive(x, codes, codebooks, scales, rows, bits, in_features)
     flat = _flat(x, in_features)
@@ -79,6 +80,7 @@ def linear_additive_triton(
     if config.kind == "shared":
         if not shared:
             raise InvalidInputError("linear_additive: these codebooks or tokens do not fit a shared table.")
+        _check_sizes(config)
         y = run_books(flat, codes, codebooks, scales, bias, config)
     elif config.kind == "dense":
         y = _by_dense(flat, codes, codebooks, scales, rows, bias, bits)
@@ -114,9 +116,19 @@ def linear_additive_slices_triton(
         if config is None and SHARED_BY_DEFAULT:
             config = slices_config(flat.shape[0], codes.shape[0], in_features, sms)
     if fits and config is not None and config.kind == "shared":
+        _check_sizes(config)
         y = run_slices(flat, codes, tables, table_scale, scales, bias, config)
         return y.view(*x.shape[:-1], codes.shape[0])
     return linear_additive_triton(x, codes, codebooks, scales, rows, bias, bits, in_features, config)
+
+
+def _check_sizes(config: LinearConfig) -> None:
+    rows = 16 * config.num_warps
+    if config.block_n % rows or any(n & (n - 1) for n in (config.block_n, config.num_warps)):
+        raise InvalidInputError(
+            f"linear_additive: {config.num_warps} warps take powers of two of rows from {rows} on, not "
+            f"{config.block_n}."
+        )
 
 
 def weight_key(codebooks: torch.Tensor) -> str:

@@ -200,6 +200,19 @@ def test_codebooks_in_shared_memory_by_default_or_not(scheme, n, k, tokens, dtyp
     assert (found - wanted).norm() / wanted.norm() < torch.finfo(dtype).eps
 
 
+def test_sizes_that_do_not_go_together_are_refused(monkeypatch):
+    pytest.importorskip("triton")
+    from qcompiler.kernels.triton import linear_additive as launcher
+
+    monkeypatch.setattr(launcher, "COMPILED", True)
+    monkeypatch.setattr(launcher, "books_fit", lambda *_: True)
+    spec = AdditiveSpec(2, 8)
+    _, arguments = ADDITIVE.op_call(spec, torch.randn(3, 72), quantized(spec, (40,), 72), None, 72)
+    for block_n in (64, 384):
+        with pytest.raises(InvalidInputError, match="8 warps take powers of two of rows from 128 on"):
+            launcher.linear_additive_triton(*arguments, config=LinearConfig("shared", block_n, 8, 1, 8, 1))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("block_n", "warps", "split"), [(64, 4, 3), (128, 4, 64), (128, 8, 1), (256, 8, 2)])
