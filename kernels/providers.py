@@ -21,6 +21,7 @@ from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, Lut4Spec
 from qcompiler.kernels.library import registered_ops
+from qcompiler.kernels.ops.linear_additive_slices import LINEAR_ADDITIVE_SLICES, pack_slices
 from qcompiler.kernels.ops.linear_affine_gated import gated_op
 from qcompiler.kernels.ops.linear_affine_sides import LINEAR_AFFINE_SIDES, pack_sides
 
@@ -322,6 +323,39 @@ class AffineSides(Provider):
         return kept, dict(attrs)
 
 
+class AdditiveSlices(Provider):
+    """The Triton kernels, a 16-bit codebook rounded to int8 (see `ops/linear_additive_slices.py`)."""
+
+    name = "slices"
+    op_name = "linear_additive"
+
+    @property
+    def op(self) -> torch._ops.OpOverload:
+        """`qcompiler::linear_additive_slices`."""
+        return LINEAR_ADDITIVE_SLICES.overload
+
+    def supports(self, attrs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """One codebook of 65536 codewords of 8 values, 16-bit activations, a GPU that holds a slice."""
+        if self.device.type != "cuda":
+            return "runs on GPUs"
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            return f"would round {self.dtype}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(self.device) < (9, 0):
+            return "needs the shared memory of a Hopper GPU"
+        if tuple(tensors["codebooks"].shape) != (1, 1, 65536, 8):
+            return f"holds one codebook of 65536 by 8, not {list(tensors['codebooks'].shape)}"
+        return None
+
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], attrs: Mapping[str, Any]
+    ) -> tuple[Tensors, Attributes]:
+        """Codes stay as they are, the codebook is replaced by its rounded self."""
+        kept = {part: tensors[part] for part in ("codes", "scales", "rows")}
+        if tensors.get("bias") is not None:
+            kept["bias"] = tensors["bias"]
+        return kept | pack_slices(tensors["codebooks"]), dict(attrs)
+
+
 class _Gated(Provider):
     """`linear_affine_gated` as a provider of `linear_affine` runs it."""
 
@@ -379,6 +413,7 @@ _PROVIDERS: tuple[type[Provider], ...] = (
     GatedCpuInt4,
     GatedCpuInt8,
     GatedCpuDense,
+    AdditiveSlices,
     AffineCpuInt4,
     AffineCpuInt8,
     AffineCpuDense,

@@ -1,10 +1,9 @@
-"""Triton kernels of `qcompiler::linear_additive` and their launcher; format in `formats/additive.py`.
+"""Launchers of `qcompiler::linear_additive` and `linear_additive_slices`: which kernel runs, and how.
 
-- one token, one set of small codebooks: `linear_additive_tables` (its own file);
-- few tokens otherwise: `linear_additive_lookup` sums codewords and multiplies on the float32 units; a
-  codeword is one 16-byte load (group size 8) from a table that stays in the caches;
-- many tokens: `linear_additive_gemm` dequantizes a tile and uses the tensor cores, the weight on the left so
-  that it can come from registers.
+- up to 32 tokens, codebooks that fit shared memory: `linear_additive_books` (8- and 12-bit
+  codes) and `linear_additive_slices` (16-bit codes, prepared weights), each in a file of its own;
+- one token otherwise, one set of small codebooks: `linear_additive_tables`;
+- all else: `linear_additive_kernels`, and the library's matmul for many tokens.
 
 Split-K parts are summed by a second kernel in a fixed order: results are reproducible bit for bit.
 """
@@ -13,179 +12,33 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
+from qcompiler.kernels.ops.linear_additive_slices import check_linear_additive_slices
 from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.linear_additive_books import books_config, books_fit, run_books
+from qcompiler.kernels.triton.linear_additive_kernels import (
+    additive_dense_kernel,
+    linear_additive_gemm,
+    linear_additive_lookup,
+)
+from qcompiler.kernels.triton.linear_additive_slices import run_slices, slices_config, slices_fit
 from qcompiler.kernels.triton.linear_additive_tables import additive_sums_kernel, additive_tables_kernel
-from qcompiler.kernels.triton.linear_launch import split_target, sum_split
+from qcompiler.kernels.triton.linear_launch import measured_config, multiprocessors, split_target, sum_split
+from qcompiler.kernels.tuning.tables import LinearConfig
 
+# Whether kernels with a table in shared memory run where nothing was measured.
+SHARED_BY_DEFAULT = True
+_MAX_SHARED_TOKENS = 32
 _MAX_LOOKUP_TOKENS = 4
+_MAX_GEMM_TOKENS = 128
 _TABLE_ROWS = 512  # of the output, summed by one program
 _TABLE_COLUMNS = 32  # one for each lane of a warp and each bank of shared memory
 # Programs wanted on the device: a few for each of the 132 multiprocessors of an H100.
 _PROGRAMS = 528
-
-
-@triton.jit
-def _set_of_rows(row_counts, row, SETS: tl.constexpr):
-    """Which set of codebooks each row uses."""
-    found = row * 0
-    end = 0
-    for p in tl.static_range(SETS - 1):
-        end += tl.load(row_counts + p)
-        found += (row >= end).to(tl.int32)
-    return found
-
-
-@triton.jit
-def _load_codes(codes, row, columns, index, BITS: tl.constexpr):
-    """Codes int32 [BN, BG]: number `index` [BG] of each row [BN]."""
-    first = row.to(tl.int64)[:, None] * columns
-    if BITS == 8:
-        return tl.load(codes + first + index[None, :]).to(tl.int32)
-    elif BITS == 16:
-        return tl.load(codes + first + index[None, :]).to(tl.int32) & 0xFFFF
-    else:
-        bit = index * BITS
-        byte = bit >> 3
-        word = tl.load(codes + first + byte[None, :]).to(tl.int32)
-        # Bytes past the row's end hold no bits of this code: any byte will do there.
-        word |= tl.load(codes + first + tl.minimum(byte + 1, columns - 1)[None, :]).to(tl.int32) << 8
-        if BITS > 9:
-            word |= tl.load(codes + first + tl.minimum(byte + 2, columns - 1)[None, :]).to(tl.int32) << 16
-        return (word >> (bit & 7)[None, :]) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _sum_codewords(
-    codes,
-    codebooks,
-    row,
-    book,
-    group,
-    columns,
-    BITS: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-):
-    """float32 [BN, BG·D]: the groups `group` [BG] of the rows [BN], without the scale."""
-    lane = tl.arange(0, D)
-    total = tl.zeros((row.shape[0], group.shape[0], D), dtype=tl.float32)
-    for m in tl.static_range(COUNT):
-        code = _load_codes(codes, row, columns, group * COUNT + m, BITS)
-        entry = ((book * COUNT + m) << BITS)[:, None] + code
-        at = entry.to(tl.int64)[:, :, None] * D + lane[None, None, :]
-        total += tl.load(codebooks + at, eviction_policy="evict_last").to(tl.float32)
-    return tl.reshape(total, (row.shape[0], group.shape[0] * D))
-
-
-@triton.jit
-def linear_additive_lookup(
-    x,
-    codes,
-    codebooks,
-    scales,
-    row_counts,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    G,
-    columns,
-    x_stride,
-    tiles_per_split,
-    BITS: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-    SETS: tl.constexpr,
-    BN: tl.constexpr,
-    BG: tl.constexpr,
-    BM: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Grid (cdiv(N, BN), SPLIT): out [M, N] in x's dtype, or float32 parts [SPLIT, M, N] when SPLIT > 1."""
-    split = tl.program_id(1)
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    rm = tl.arange(0, BM)
-    # Rows and groups past the end read the last one; their x is zero or they are not stored.
-    row = tl.minimum(rn, N - 1)
-    book = _set_of_rows(row_counts, row, SETS)
-    acc = tl.zeros((BM, BN, BG * D), dtype=tl.float32)
-    last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(G, BG))
-    for tile in range(split * tiles_per_split, last):
-        group = tl.minimum(tile * BG + tl.arange(0, BG), G - 1)
-        weight = _sum_codewords(codes, codebooks, row, book, group, columns, BITS, COUNT, D)
-        k = tile * (BG * D) + tl.arange(0, BG * D)
-        mask = (rm[:, None] < M) & (k[None, :] < K)
-        xs = tl.load(x + rm.to(tl.int64)[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
-        acc += weight[None, :, :] * xs.to(tl.float32)[:, None, :]
-    y = tl.sum(acc, 2) * tl.load(scales + row).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias + row).to(tl.float32)[None, :]
-    at = (split * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=(rm[:, None] < M) & (rn[None, :] < N))
-
-
-@triton.jit
-def linear_additive_gemm(
-    x,
-    codes,
-    codebooks,
-    scales,
-    row_counts,
-    bias,
-    out,
-    M,
-    N,
-    K,
-    G,
-    columns,
-    x_stride,
-    tiles_per_split,
-    BITS: tl.constexpr,
-    COUNT: tl.constexpr,
-    D: tl.constexpr,
-    SETS: tl.constexpr,
-    BN: tl.constexpr,
-    BG: tl.constexpr,
-    BM: tl.constexpr,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
-    """Grid (cdiv(N, BN)·cdiv(M, BM), SPLIT): out as for `linear_additive_lookup`.
-
-    Not COMPILED (in the interpreter, whose bf16 arithmetic is wrong) the dot is in float32.
-    """
-    split = tl.program_id(1)
-    tiles_m = tl.cdiv(M, BM)
-    rn = tl.program_id(0) // tiles_m * BN + tl.arange(0, BN)
-    rm = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
-    row = tl.minimum(rn, N - 1)
-    book = _set_of_rows(row_counts, row, SETS)
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    last = tl.minimum((split + 1) * tiles_per_split, tl.cdiv(G, BG))
-    for tile in range(split * tiles_per_split, last):
-        group = tl.minimum(tile * BG + tl.arange(0, BG), G - 1)
-        weight = _sum_codewords(codes, codebooks, row, book, group, columns, BITS, COUNT, D)
-        k = tile * (BG * D) + tl.arange(0, BG * D)
-        mask = (rm[None, :] < M) & (k[:, None] < K)
-        xt = tl.load(x + rm.to(tl.int64)[None, :] * x_stride + k[:, None], mask=mask, other=0.0)
-        if COMPILED:
-            acc = tl.dot(weight.to(xt.dtype), xt, acc, input_precision="ieee")
-        else:
-            acc = tl.dot(weight, xt.to(tl.float32), acc, input_precision="ieee")
-    acc *= tl.load(scales + row).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias + row).to(tl.float32)[:, None]
-    at = (split * M + rm).to(tl.int64)[None, :] * N + rn[:, None]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(rn[:, None] < N) & (rm[None, :] < M))
-
 
 COMPILED = not isinstance(linear_additive_gemm, InterpretedFunction)
 
@@ -199,36 +52,153 @@ def linear_additive_triton(
     bias: torch.Tensor | None,
     bits: int,
     in_features: int,
+    config: LinearConfig | None = None,
 ) -> torch.Tensor:
-    """`linear_additive` (see `ops/linear_additive.py`) by Triton; never waits for the device."""
+    """`linear_additive` (see `ops/linear_additive.py`) by Triton; never waits for the device.
+
+    `config` overrides the tuning table, which overrides the heuristic. Of "gemv", "gemm" and "dense" it
+    chooses the kernel alone, of "shared" the sizes too.
+
+    Raises:
+        InvalidInputError: A config "shared" for what `books_fit` refuses or of sizes that do not go together,
+            or one of an unknown kind.
+    """
     check_linear_additive(x, codes, codebooks, scales, rows, bits, in_features)
+    flat = _flat(x, in_features)
+    out_features = codes.shape[0]
+    if flat.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    shared = COMPILED and books_fit(flat, codes, codebooks)
+    if config is None:
+        config = _measured(flat, codebooks, out_features, shared) or heuristic(
+            flat.shape[0],
+            out_features,
+            in_features,
+            (bits, codebooks.shape[1]) if shared and SHARED_BY_DEFAULT else None,
+            multiprocessors(x.device),
+        )
+    if config.kind == "shared":
+        if not shared:
+            raise InvalidInputError("linear_additive: these codebooks or tokens do not fit a shared table.")
+        _check_sizes(config)
+        y = run_books(flat, codes, codebooks, scales, bias, config)
+    elif config.kind == "dense":
+        y = _by_dense(flat, codes, codebooks, scales, rows, bias, bits)
+    elif config.kind == "gemv" and bits == 8 and codebooks.shape[0] == 1 and flat.shape[0] == 1:
+        y = _by_tables(flat, codes, codebooks, scales, bias)
+    elif config.kind in ("gemv", "gemm"):
+        y = _by_lookup(flat, codes, codebooks, scales, rows, bias, bits, few=config.kind == "gemv")
+    else:
+        raise InvalidInputError(f"linear_additive has no kernel of kind {config.kind!r}.")
+    return y.view(*x.shape[:-1], out_features)
+
+
+def linear_additive_slices_triton(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    tables: torch.Tensor,
+    table_scale: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    in_features: int,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """`linear_additive_slices` (see `ops/`) by Triton; `config` as for `linear_additive_triton`."""
+    check_linear_additive_slices(x, codes, codebooks, tables, table_scale, scales, rows, bits, in_features)
+    flat = _flat(x, in_features)
+    fits = COMPILED and flat.shape[0] > 0 and slices_fit(flat)
+    if config is None and fits:
+        sms = multiprocessors(x.device)
+        config = _measured(flat, codebooks, codes.shape[0], True)
+        if config is None and SHARED_BY_DEFAULT:
+            config = slices_config(flat.shape[0], codes.shape[0], in_features, sms)
+    if fits and config is not None and config.kind == "shared":
+        _check_sizes(config)
+        y = run_slices(flat, codes, tables, table_scale, scales, bias, config)
+        return y.view(*x.shape[:-1], codes.shape[0])
+    return linear_additive_triton(x, codes, codebooks, scales, rows, bias, bits, in_features, config)
+
+
+def _check_sizes(config: LinearConfig) -> None:
+    rows = 16 * config.num_warps
+    if config.block_n % rows or any(n & (n - 1) for n in (config.block_n, config.num_warps)):
+        raise InvalidInputError(
+            f"linear_additive: {config.num_warps} warps take powers of two of rows from {rows} on, not "
+            f"{config.block_n}."
+        )
+
+
+def weight_key(codebooks: torch.Tensor) -> str:
+    """Op and format in keys of the tuning table; codebooks [sets, M, 2^bits, d]."""
+    _, count, codewords, group_size = codebooks.shape
+    return f"linear_additive/{count}x{codewords.bit_length() - 1}-g{group_size}"
+
+
+def heuristic(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    shared: tuple[int, int] | None,
+    sms: int,
+) -> LinearConfig:
+    """A sane configuration where nothing was measured.
+
+    Codebooks in shared memory where they fit (`shared`: their bits and number); else few tokens by look-up,
+    more on the tensor cores, and where the same codewords would be looked up for many tiles of tokens, once
+    for all of them.
+    """
+    if shared is not None and tokens <= _MAX_SHARED_TOKENS:
+        return books_config(tokens, out_features, in_features, *shared, sms)
+    if tokens <= _MAX_LOOKUP_TOKENS:
+        return LinearConfig("gemv")
+    return LinearConfig("gemm" if tokens <= _MAX_GEMM_TOKENS else "dense")
+
+
+def _measured(
+    x: torch.Tensor, codebooks: torch.Tensor, out_features: int, shared: bool
+) -> LinearConfig | None:
+    found = measured_config(weight_key(codebooks), x, out_features)
+    return None if found is not None and found.kind == "shared" and not shared else found
+
+
+def _flat(x: torch.Tensor, in_features: int) -> torch.Tensor:
+    flat = x.reshape(-1, in_features)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _by_lookup(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    *,
+    few: bool,
+) -> torch.Tensor:
+    """For x [tokens, in_features]; on the float32 units (`few`, up to 16 tokens) or the tensor cores."""
     sets, count, _, group_size = codebooks.shape
     out_features, columns = codes.shape
-    flat = x.reshape(-1, in_features)
-    if flat.stride(1) != 1:
-        flat = flat.contiguous()
-    tokens = flat.shape[0]
-    if tokens == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
+    tokens, in_features = x.shape
     groups = num_groups(group_size, in_features)
-    # Measured on an H100: tables of several tokens lose to looking up.
-    if bits == 8 and sets == 1 and tokens == 1:
-        y = _by_tables(flat, codes, codebooks, scales, bias)
-        return y.view(*x.shape[:-1], out_features)
-    lookup = tokens <= _MAX_LOOKUP_TOKENS
-    block_m = triton.next_power_of_2(tokens) if lookup else min(64, max(16, triton.next_power_of_2(tokens)))
-    block_n = 16 // block_m if lookup else 64
+    rounded = triton.next_power_of_2(tokens)
+    block_m = rounded if few else min(64, max(16, rounded))
+    block_n = max(1, 16 // block_m) if few else 64
     # Elements of K per step: 256 in the look-up, 64 before the tensor cores; the dot needs at least 16.
-    block_g = (256 if lookup else 64) // group_size
-    tiles_n = triton.cdiv(out_features, block_n) * (1 if lookup else triton.cdiv(tokens, block_m))
+    block_g = (256 if few else 64) // group_size
+    tiles_n = triton.cdiv(out_features, block_n) * (1 if few else triton.cdiv(tokens, block_m))
     tiles_k = triton.cdiv(groups, block_g)
     per_split = triton.cdiv(tiles_k, max(1, min(tiles_k, 16, _PROGRAMS // tiles_n)))
     split = triton.cdiv(tiles_k, per_split)
-    out, target = split_target(flat, out_features, split)
-    kernel = linear_additive_lookup if lookup else linear_additive_gemm
+    out, target = split_target(x, out_features, split)
+    kernel = linear_additive_lookup if few else linear_additive_gemm
     with on_device(x):
         kernel[(tiles_n, split)](
-            flat,
+            x,
             codes,
             codebooks,
             scales,
@@ -240,7 +210,7 @@ def linear_additive_triton(
             in_features,
             groups,
             columns,
-            flat.stride(0),
+            x.stride(0),
             per_split,
             BITS=bits,
             COUNT=count,
@@ -252,10 +222,47 @@ def linear_additive_triton(
             SPLIT=split,
             HAS_BIAS=bias is not None and split == 1,
             num_warps=4,
-            **({} if lookup else {"COMPILED": COMPILED, "num_stages": 3}),
+            **({} if few else {"COMPILED": COMPILED, "num_stages": 3}),
         )
-        sum_split(target, bias, out)
-    return out.view(*x.shape[:-1], out_features)
+        return sum_split(target, bias, out)
+
+
+def _by_dense(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    codebooks: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    """For x [tokens, in_features]; the weight is written out once, for the library's matmul."""
+    sets, count, _, group_size = codebooks.shape
+    out_features, columns = codes.shape
+    in_features = x.shape[1]
+    groups = num_groups(group_size, in_features)
+    weight = x.new_empty((out_features, in_features))
+    block_n, block_g = 16, 256 // group_size
+    with on_device(x):
+        additive_dense_kernel[(triton.cdiv(groups, block_g), triton.cdiv(out_features, block_n))](
+            codes,
+            codebooks,
+            scales,
+            rows,
+            weight,
+            out_features,
+            in_features,
+            groups,
+            columns,
+            BITS=bits,
+            COUNT=count,
+            D=group_size,
+            SETS=sets,
+            BN=block_n,
+            BG=block_g,
+            num_warps=4,
+        )
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _by_tables(

@@ -16,6 +16,7 @@ from qcompiler.kernels.formats.affine import num_groups
 from qcompiler.kernels.formats.body_tail import BODY_TAIL, BodyTailSpec, in_blocks, tail_layout
 from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, NESTED_BLOCK, Lut4Spec, num_blocks
+from qcompiler.kernels.ops.linear_additive_slices import pack_slices
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.tuning.tables import KINDS, LinearConfig, table_key, token_bucket
 
@@ -71,7 +72,8 @@ class Case:
             body = f"affine-b{self.spec.bits}-g{self.spec.group_size}"
             return f"linear_body_tail/{body}/n{n}-k{k}/m{token_bucket(tokens)}/{dtype}"
         if isinstance(self.spec, AdditiveSpec):
-            return None
+            scheme = f"{self.spec.scheme}-g{self.spec.group_size}"
+            return f"linear_additive/{scheme}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
         if isinstance(self.spec, Lut4Spec):
             start = f"linear_lut4/{self.spec.quant_type}-b{self.spec.block_size}"
         else:
@@ -97,9 +99,7 @@ class Case:
             kernel = linear_body_tail_triton
             return lambda x, config: kernel(x, *rest, config=config)
         if isinstance(self.spec, AdditiveSpec):
-            from qcompiler.kernels.triton.linear_additive import linear_additive_triton
-
-            return lambda x, config: linear_additive_triton(x, *rest)
+            return _additive_runner(tensors, rest)
         if isinstance(self.spec, Lut4Spec):
             from qcompiler.kernels.triton.linear_lut4 import linear_lut4_triton
 
@@ -114,6 +114,18 @@ class Case:
 
         kernel = linear_llm_int8_triton
         return lambda x, config: kernel(x, *rest, config=config)
+
+
+def _additive_runner(tensors: dict[str, torch.Tensor], arguments: list[Any]) -> Run:
+    """As a GPU provider runs it: a 16-bit codebook is rounded to int8 first."""
+    from qcompiler.kernels.triton.linear_additive import linear_additive_slices_triton, linear_additive_triton
+
+    if tuple(tensors["codebooks"].shape) != (1, 1, 65536, 8):
+        return lambda x, config: linear_additive_triton(x, *arguments, config=config)
+    packed = pack_slices(tensors["codebooks"])
+    codes, _, scales, rows, *rest = arguments
+    held = (codes, *packed.values(), scales, rows, *rest)
+    return lambda x, config: linear_additive_slices_triton(x, *held, config=config)
 
 
 def _affine_weight(spec: AffineSpec, n: int, k: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -171,7 +183,7 @@ def parse_case(name: str) -> Case:
 def candidates(case: Case, tokens: int, n: int, k: int, *, thorough: bool) -> list[LinearConfig]:
     """Configurations worth timing; few of them unless `thorough`."""
     if isinstance(case.spec, AdditiveSpec):
-        return []
+        return list(_additive(case.spec, tokens))
     if isinstance(case.spec, AffineSpec):
         hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
         streamed = _stream(case.spec, tokens, n) if hopper else ()
@@ -238,6 +250,23 @@ def _stream(spec: AffineSpec, tokens: int, n: int):
         count = -(-n // block_n) * -(-tokens // block_m)
         for split in (1, 2, 3, 4, 16) if count < 1024 else (1,):
             yield LinearConfig("stream", block_n, block_m, split, warps, buffers)
+
+
+def _additive(spec: AdditiveSpec, tokens: int) -> Iterator[LinearConfig]:
+    if tokens <= 64 and spec.group_size == 8 and spec.bits in (8, 12):
+        for block_n, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+            for split in (1, 2, 4, 6, 8, 12, 16):
+                yield LinearConfig("shared", block_n, max(8, token_bucket(tokens)), split, warps, 1)
+    elif tokens <= 32 and spec.group_size == 8 and spec.scheme == "1x16":
+        for block_n, warps in ((128, 8), (256, 8), (256, 16)):
+            for split in (1, 2, 3, 4):
+                yield LinearConfig("shared", block_n, max(8, token_bucket(tokens)), split, warps, 1)
+    if tokens <= 4:
+        yield LinearConfig("gemv")
+    if tokens > 1:
+        yield LinearConfig("gemm")
+    if tokens >= 32:
+        yield LinearConfig("dense")
 
 
 def _body_tail(tokens: int) -> Iterator[LinearConfig]:

@@ -24,7 +24,7 @@ from qcompiler.kernels.errors import ArtifactError
 _FOLDER = Path(__file__).parent
 # Whether the streaming kernel is chosen where nothing was measured.
 STREAM_UNMEASURED = False
-KINDS = ("gemv", "quads", "dots", "gemm", "wide", "stream", "dense")
+KINDS = ("gemv", "quads", "dots", "gemm", "wide", "stream", "shared", "dense")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class LinearConfig:
 
     Args:
         kind: "gemv" or "quads" (float32 units), "dots", "gemm" or "wide" (tensor cores, fused, from few to
-            many tokens), "stream" (the same on Hopper, copying meanwhile) or "dense" (dequantize, library
-            matmul).
+            many tokens), "stream" (the same on Hopper, copying meanwhile), "shared" (codebooks in shared
+            memory) or "dense" (dequantize, library matmul).
         block_n: Output channels per program.
         block_m: Tokens per program.
         split_k: Programs that share one output tile along in_features; at most so many for "stream",

@@ -82,6 +82,7 @@ class Compiled:
     """What the compiler made of one kernel variant."""
 
     ttgir: str
+    ptx: str
     sass: str
     registers: int
     spill_bytes: int
@@ -162,7 +163,9 @@ def compile_sm90(
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of resources:\n{usage}")
     registers, stack, _, local = map(int, found.groups())
-    return Compiled(compiled.asm["ttgir"], sass, registers, stack + local, compiled.metadata.shared)
+    return Compiled(
+        compiled.asm["ttgir"], compiled.asm["ptx"], sass, registers, stack + local, compiled.metadata.shared
+    )
 
 
 def _cuobjdump(*arguments: str) -> str:
