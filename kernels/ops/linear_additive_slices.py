@@ -3,8 +3,8 @@
 The codebook is rounded to int8 with one scale, so that a quarter of it fits
 the shared memory of a multiprocessor. That moves a codebook of normally
 distributed values by about 1 % of their size, little beside what two bits a
-weight lose. `codebooks` then holds the rounded values again, so
-that kernels for few and for many tokens compute with one and the same weight.
+weight lose. `codebooks` then holds the rounded values again, so that kernels
+for few and for many tokens compute with one and the same weight.
 """
 
 from __future__ import annotations

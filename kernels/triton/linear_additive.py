@@ -10,6 +10,8 @@ Split-K parts are summed by a second kernel in a fixed order: results are reprod
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
@@ -137,6 +139,7 @@ def weight_key(codebooks: torch.Tensor) -> str:
     return f"linear_additive/{count}x{codewords.bit_length() - 1}-g{group_size}"
 
 
+@lru_cache(maxsize=4096)
 def heuristic(
     tokens: int,
     out_features: int,

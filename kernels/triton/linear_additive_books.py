@@ -2,10 +2,10 @@
 
 A codeword is 16 bytes. In shared memory every codeword of an 8-bit codebook
 stands eight times side by side, a copy for each of the lanes that are served
-at once, so that random codes meet no bank conflict. The lanes' loads then are what a tensor
-core instruction takes: the weight is never formed elsewhere, and one look-up
-serves all tokens. Inputs are taken in the order in which a thread can read
-8 groups of codes in one load; sums are float32.
+at once, so that random codes meet no bank conflict. What the lanes load is what
+a tensor core instruction takes: the weight is never formed elsewhere, and one
+look-up serves all tokens. Inputs are taken in the order in which a thread can
+read the codes of several groups in one load; sums are float32.
 
 Written in Gluon, because plain Triton can keep no table in shared memory
 across a loop. The address of the only allocation is that of the symbol

@@ -192,6 +192,7 @@ def slices_fit(x: torch.Tensor) -> bool:
     return x.shape[0] <= MAX_TOKENS and x.element_size() == 2 and table_bytes(x.device) >= _SLICE_BYTES
 
 
+@cache
 def slices_config(tokens: int, out_features: int, in_features: int, sms: int) -> LinearConfig:
     """A sane configuration: the workers of a slice end at about the same time."""
     block_m = max(8, token_bucket(tokens))
