@@ -208,7 +208,7 @@ def linear_affine_dots(
                 _load_sides(sides + rows[part] * side_stride, next_tile, SIDES, TILE, GROUP),
             )  # type: ignore[assignment]
         ahead = following
-        ones = _ones_like(words[0], uppers[0], HALF, COMPILED)
+        ones = _ones_like(words[0], uppers[0], HALF, COMPILED)  # type: ignore[misc]
         for j in tl.static_range(PLANES):
             k = tile * TILE + j * WIDTH + lane
             x_mask = rm[None, :] < M
@@ -222,7 +222,7 @@ def linear_affine_dots(
             for part in tl.static_range(PARTS):
                 raw, P = _raw(words[part], uppers[part], j, BITS, HALF, COMPILED)
                 d = tl.dot(raw, xt, nothing, input_precision="ieee")
-                side = held[part][j * WIDTH // GROUP] if SIDES > 1 else held[part][0]
+                side = held[part][j * WIDTH // GROUP] if SIDES > 1 else held[part][0]  # type: ignore[var-annotated]
                 scale, offset = pair_floats(side, HALF)
                 step = scale * (1.0 / (1 << P))
                 sum_ = sums[part] + step[:, None] * d
@@ -233,11 +233,11 @@ def linear_affine_dots(
     out += split.to(tl.int64) * M * N + pid_m * BM * channels
     for part in tl.static_range(OWN):
         rn = first_row + part * BN + tl.arange(0, BN)
-        y = sums[part]
+        y = sums[part]  # type: ignore[var-annotated]
         if HAS_BIAS:
             y += tl.load(bias + rn, mask=rn < channels, other=0.0).to(tl.float32)[:, None]
         if ACTIVATION is not None:
-            times = sums[OWN + part]
+            times = sums[OWN + part]  # type: ignore[var-annotated]
             if HAS_BIAS:
                 times += tl.load(bias + channels + rn, mask=rn < channels, other=0.0).to(tl.float32)[:, None]
             y = activated(y, times, ACTIVATION, out.dtype.element_ty)

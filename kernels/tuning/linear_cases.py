@@ -120,12 +120,14 @@ def _additive_runner(tensors: dict[str, torch.Tensor], arguments: list[Any]) -> 
     """As a GPU provider runs it: a 16-bit codebook is rounded to int8 first."""
     from qcompiler.kernels.triton.linear_additive import linear_additive_slices_triton, linear_additive_triton
 
+    kernel: Callable[..., torch.Tensor] = linear_additive_triton
     if tuple(tensors["codebooks"].shape) != (1, 1, 65536, 8):
-        return lambda x, config: linear_additive_triton(x, *arguments, config=config)
+        return lambda x, config: kernel(x, *arguments, config=config)
     packed = pack_slices(tensors["codebooks"])
     codes, _, scales, rows, *rest = arguments
     held = (codes, *packed.values(), scales, rows, *rest)
-    return lambda x, config: linear_additive_slices_triton(x, *held, config=config)
+    slices: Callable[..., torch.Tensor] = linear_additive_slices_triton
+    return lambda x, config: slices(x, *held, config=config)
 
 
 def _affine_weight(spec: AffineSpec, n: int, k: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
