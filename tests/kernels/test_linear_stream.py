@@ -152,7 +152,7 @@ def outcomes():
     """What every line of `stream_on_gpu.RUNS` printed, and its exit status; each a process, all at once."""
     commands = [[sys.executable, str(_SCRIPT), str(i)] for i in range(_RUNS)]
     processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     found = []
     for process in processes:
         try:
