@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -147,27 +146,22 @@ def test_the_heuristic_chooses_tiles_whose_rings_fit(tokens):
     assert ring_sizes(4, chosen.block_n, chosen.block_m, chosen.num_stages, per_sm)[1] >= 2
 
 
-@pytest.fixture(scope="module")
-def outcomes():
-    """What every line of `stream_on_gpu.RUNS` printed, and its exit status; each a process, all at once."""
-    commands = [[sys.executable, str(_SCRIPT), str(i)] for i in range(_RUNS)]
-    processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for c in commands]
-    deadline = time.monotonic() + 180
-    found = []
-    for process in processes:
-        try:
-            text, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            text = process.communicate()[0] + b"\nkilled: it hung"
-        found.append((text.decode(), process.returncode))
-    return found
+def outcome(number):
+    """What a line of `stream_on_gpu.RUNS` printed and its exit status; a process, so that a hang ends it alone."""
+    command = [sys.executable, str(_SCRIPT), str(number)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        text, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text = process.communicate()[0] + b"\nkilled: it hung"
+    return text.decode(), process.returncode
 
 
 @pytest.mark.parametrize("number", [pytest.param(i, marks=ON_HOPPER) for i in range(_RUNS)])
-def test_it_agrees_with_the_reference_and_with_itself(outcomes, number):
+def test_it_agrees_with_the_reference_and_with_itself(number):
     """Ragged sizes, poisoned memory, whole and divided tiles, bias or none, early launches or none."""
-    text, code = outcomes[number]
+    text, code = outcome(number)
     assert code == 0, text[-3000:]
     reports = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert len(reports) >= 4
