@@ -147,7 +147,7 @@ def test_the_heuristic_chooses_tiles_whose_rings_fit(tokens):
 
 
 def outcome(number):
-    """What a line of `stream_on_gpu.RUNS` printed and its exit status; a process, so that a hang ends it alone."""
+    """What a line of `stream_on_gpu.RUNS` printed, and its exit status; in a process, which may hang."""
     command = [sys.executable, str(_SCRIPT), str(number)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
