@@ -113,7 +113,7 @@ def bandwidths(stem: str, result: dict[str, Any]) -> list[Plot]:
     """Bytes of weights read per second at one token, against bytes, with the read ceiling."""
     series: Series = {}
     for row in result["rows"]:
-        if row["tokens"] == 1:
+        if row["tokens"] == 1 and "read_ceiling_us" in row:
             size = row["megabytes"]
             series.setdefault(row["case"], []).append((size, size / row["us"]))
             series.setdefault("plain read", []).append((size, size / row["read_ceiling_us"]))

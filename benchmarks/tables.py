@@ -72,7 +72,7 @@ def linear(result: dict[str, Any]) -> str:
             r["tokens"],
             number(r["us"]),
             number(r["bf16_us"] / r["us"], 2),
-            number(r["read_ceiling_us"] / r["us"], 2),
+            number(r["read_ceiling_us"] / r["us"] if "read_ceiling_us" in r else None, 2),
             number(r["bf16_us"]),
             *(number(r.get(peer)) for peer in peers),
         ]
@@ -97,6 +97,9 @@ def attention(result: dict[str, Any]) -> str:
     parts = [f"{facts(result['machine'])} {result['dtype']}."]
     for kind, unit, label in (("prefill", "_tflops", "TFLOP/s"), ("decode", "_us", "µs")):
         rows = result[kind]
+        if not rows:
+            parts.append(f"{kind.capitalize()} was not measured.")
+            continue
         peers = columns(rows, unit)
         names = [p.removesuffix(unit) for p in peers]
         last = ["read ceiling"] if kind == "decode" else []
@@ -196,10 +199,10 @@ def aqlm_block(result: dict[str, Any]) -> str:
         ["phase", "measured, s", "predicted, s"],
         [[name, number(s), number(result["predicted"].get(name))] for name, s in phases.items()],
     )
-    of = result["settings"]
+    of, shared = result["settings"], result.get("shared", "")
     return (
         f"{facts(result['machine'])} {of['scheme']}, {of['tokens']} tokens, hidden size {of['hidden']}; "
-        f"with its streams {result['seconds_with_streams']:.0f} s a block.\n\n{table}"
+        f"with its streams {result['seconds_with_streams']:.0f} s a block. {shared}\n\n{table}"
     )
 
 
@@ -218,6 +221,13 @@ def serve(result: dict[str, Any]) -> str:
             for r in result["throughput"]
         ],
     )
+    of = result["settings"]
+    head = (
+        f"{result['model']}. {facts(result['machine'])} "
+        f"Prompts of {of['prompt_tokens']} tokens, {of['decode_tokens']} generated.\n\n{throughput}"
+    )
+    if not result["latency"]:
+        return f"{head}\n\nThe time between tokens was not measured."
     gaps = markdown(
         ["prompts", "p50 quiet, ms", "p99 quiet", "p50 loaded", "p99 loaded", "p99 ratio"],
         [
@@ -227,10 +237,8 @@ def serve(result: dict[str, Any]) -> str:
             for name, rows in result["latency"].items()
         ],
     )
-    of = result["settings"]
     return (
-        f"{result['model']}. {facts(result['machine'])} "
-        f"Prompts of {of['prompt_tokens']} tokens, {of['decode_tokens']} generated.\n\n{throughput}\n\n"
+        f"{head}\n\n"
         f"Time between the tokens of {of['latency_streams']} streams, quiet and while {of['rate']:g} prompts "
         f"of {of['long_prompt']} tokens a second arrive:\n\n{gaps}"
     )

@@ -29,7 +29,7 @@ from qcompiler.kernels.triton.linear_affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear_affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear_affine_quads import linear_affine_quads
 from qcompiler.kernels.triton.linear_launch import device_facts, split_target, sum_split
-from qcompiler.kernels.triton.linear_stream import linear_stream, stream_takes
+from qcompiler.kernels.triton.linear_stream import MOST_BLOCK_M, linear_stream, stream_takes
 from qcompiler.kernels.triton.x_pairs import as_pairs
 from qcompiler.kernels.tuning.tables import LinearConfig, heuristic, linear_config, token_bucket
 
@@ -102,7 +102,8 @@ def _launch(
     width = block_width(bits, group_size, in_features)
     if config is None:
         config = _configured(rows, bits, group_size, out_features)
-    if config.kind == "stream" and not stream_takes(rows, low, high, sides, bits, group_size, width):
+    streams = config.block_m <= MOST_BLOCK_M and stream_takes(rows, low, high, sides, bits, group_size, width)
+    if config.kind == "stream" and not streams:
         dtype = str(x.dtype).removeprefix("torch.")
         config = heuristic(bits, out_features, in_features, tokens, dtype, device_facts(x.device)[1])
     kind = config.kind

@@ -17,6 +17,7 @@ _SHARED = 224 * 1024  # bytes of shared memory that the rings of one multiproces
 _BLOCK = 256  # codes of a row that a step takes
 _WIDTHS = {2: 32, 3: 32, 4: 64}  # codes per plane of such a block
 _MOST_TOKENS = 65536  # so that numbers of steps times programs stay below 2^31
+MOST_BLOCK_M = 128  # tokens of a tile; with 256 the kernel failed its test on an H100
 # Gluon is experimental: what the kernel is written in is that of this version.
 _KNOWN_GLUON = triton.__version__.startswith("3.6.")
 BURST = 1  # blocks of words that are asked for together

@@ -242,11 +242,10 @@ def _stream(spec: AffineSpec, tokens: int, n: int):
     """The streaming kernel, whole tiles or divided ones; block_n, block_m, warps and buffers of words."""
     if spec.bits > 4 or spec.group_size not in (64, 128, 256):
         return
-    bucket = max(8, min(token_bucket(tokens), 256))
+    bucket = max(8, min(token_bucket(tokens), 128))
     tiles = {
         8: ((64, 8, 4, 6),), 16: ((64, 16, 4, 6), (128, 16, 8, 8)), 32: ((64, 32, 4, 4), (128, 32, 8, 6)),
         64: ((64, 64, 4, 3), (128, 64, 8, 4), (256, 64, 8, 3)), 128: ((128, 128, 8, 4), (256, 128, 8, 2)),
-        256: ((128, 128, 8, 4), (256, 128, 8, 2), (128, 256, 8, 2)),
     }  # fmt: skip
     for block_n, block_m, warps, buffers in tiles[bucket]:
         count = -(-n // block_n) * -(-tokens // block_m)

@@ -180,12 +180,12 @@ def heuristic(
 
 
 def _stream(n: int, tokens: int, sms: int) -> LinearConfig:
-    """Tiles of up to 256 tokens; two small programs per multiprocessor, or one with many tokens."""
-    block_m = max(8, min(256, token_bucket(tokens)))
+    """Tiles of up to 128 tokens; two small programs per multiprocessor, or one with many tokens."""
+    block_m = max(8, min(128, token_bucket(tokens)))
     if block_m <= 64:
         block_n, warps, stages = 64, 4, {8: 6, 16: 6, 32: 4, 64: 3}[block_m]
     else:
-        block_n, warps, stages = 128, 8, 4 if block_m == 128 else 2
+        block_n, warps, stages = 128, 8, 4
     tiles = -(-n // block_n) * -(-tokens // block_m)
     return LinearConfig("stream", block_n, block_m, 16 if tiles < 4 * sms else 1, warps, stages)
 

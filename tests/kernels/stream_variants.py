@@ -17,7 +17,7 @@ from qcompiler.kernels.triton.linear_stream import registers, ring_sizes
 # bits, groups per block, dtype, block_n, block_m, warps, word buffers
 VARIANTS = [
     (4, 4, "bf16", 64, 16, 4, 6), (4, 4, "bf16", 64, 64, 4, 3), (4, 4, "bf16", 128, 128, 8, 4),
-    (4, 4, "bf16", 128, 256, 8, 2), (4, 2, "fp16", 128, 32, 8, 6), (3, 4, "bf16", 64, 16, 4, 4),
+    (4, 2, "fp16", 128, 32, 8, 6), (3, 4, "bf16", 64, 16, 4, 4),
     (2, 1, "fp16", 64, 8, 4, 6),
 ]  # fmt: skip
 ELEMENTS = {"bf16": gl.bfloat16, "fp16": gl.float16, "i32": gl.int32, "i16": gl.int16}

@@ -29,7 +29,7 @@ ON_HOPPER = [
     ),
 ]
 _SCRIPT = Path(__file__).with_name("stream_on_gpu.py")
-_RUNS = 10
+_RUNS = 9
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,7 +116,7 @@ def test_divided_tiles_are_summed_from_the_parts_of_all_their_programs(tokens, r
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("block_n", "block_m", "buffers", "per_sm"), [
-    (64, 8, 6, 2), (64, 64, 3, 2), (128, 16, 6, 1), (128, 256, 2, 1), (256, 64, 2, 1),
+    (64, 8, 6, 2), (64, 64, 3, 2), (128, 16, 6, 1), (128, 128, 4, 1), (256, 64, 2, 1),
 ])  # fmt: skip
 def test_rings_fit_shared_memory_and_hold_two_buffers_of_x(bits, block_n, block_m, buffers, per_sm):
     words, x, planes = ring_sizes(bits, block_n, block_m, buffers, per_sm)
@@ -141,7 +141,7 @@ def test_the_heuristic_chooses_tiles_whose_rings_fit(tokens):
     chosen = heuristic(4, 4096, 4096, tokens, "bfloat16", 132, stream=True)
     assert chosen.kind == "stream"
     assert chosen.block_n == 16 * chosen.num_warps
-    assert chosen.block_m >= min(tokens, 256)
+    assert chosen.block_m >= min(tokens, 128)
     per_sm = 8 // chosen.num_warps
     assert ring_sizes(4, chosen.block_n, chosen.block_m, chosen.num_stages, per_sm)[1] >= 2
 
