@@ -94,8 +94,8 @@ def solver_rows(layers: int, bits: list[int], repeats: int) -> list[dict[str, An
 
 def stage_times(repeats: int) -> dict[str, float]:
     """Milliseconds of each step of one 14336x4096 weight at 4 bits, and of the search under other tiles."""
-    from qcompiler.kernels.triton.affine_pack import affine_pack
-    from qcompiler.kernels.triton.affine_search import Tile, affine_search
+    from qcompiler.kernels.triton.search.affine_pack import affine_pack
+    from qcompiler.kernels.triton.search.affine_search import Tile, affine_search
 
     weight = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16).mul_(0.02)
     spec, method = AffineSpec(4, 64), HQQ()

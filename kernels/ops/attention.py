@@ -239,5 +239,5 @@ attention = register_op(
     "Tensor? sinks) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.attention:attention",
+    cuda="qcompiler.kernels.triton.attention.launch:attention",
 )

@@ -107,5 +107,5 @@ grouped_linear = register_op(
     "grouped_linear(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, bool transposed=False) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.grouped_linear:grouped_linear",
+    cuda="qcompiler.kernels.triton.grouped.linear:grouped_linear",
 )

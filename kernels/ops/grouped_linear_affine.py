@@ -116,5 +116,5 @@ GROUPED_LINEAR_AFFINE = register_op(
     SCHEMA,
     reference=grouped_linear_affine_reference,
     fake=grouped_linear_affine_fake,
-    cuda="qcompiler.kernels.triton.grouped_linear_affine:grouped_linear_affine_triton",
+    cuda="qcompiler.kernels.triton.grouped.affine:grouped_linear_affine_triton",
 )

@@ -78,5 +78,5 @@ GROUPED_LINEAR_INT8 = register_op(
     SCHEMA,
     reference=grouped_linear_int8_reference,
     fake=grouped_linear_int8_fake,
-    cuda="qcompiler.kernels.triton.grouped_linear_int8:grouped_linear_int8_triton",
+    cuda="qcompiler.kernels.triton.grouped.int8:grouped_linear_int8_triton",
 )

@@ -143,5 +143,5 @@ GROUPED_LINEAR_LUT4 = register_op(
     SCHEMA,
     reference=grouped_linear_lut4_reference,
     fake=grouped_linear_lut4_fake,
-    cuda="qcompiler.kernels.triton.grouped_linear_lut4:grouped_linear_lut4_triton",
+    cuda="qcompiler.kernels.triton.grouped.lut4:grouped_linear_lut4_triton",
 )

@@ -30,5 +30,5 @@ kv_append = register_op(
     "kv_append(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.kv_append:kv_append",
+    cuda="qcompiler.kernels.triton.attention.kv_append:kv_append",
 )

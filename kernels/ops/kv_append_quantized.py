@@ -63,5 +63,5 @@ kv_append_quantized = register_op(
     "Tensor(d!) v_scales, Tensor slots, str format) -> ()",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.kv_append_quantized:kv_append_quantized",
+    cuda="qcompiler.kernels.triton.attention.kv_append_quantized:kv_append_quantized",
 )

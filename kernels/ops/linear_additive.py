@@ -97,5 +97,5 @@ LINEAR_ADDITIVE = register_op(
     SCHEMA,
     reference=linear_additive_reference,
     fake=linear_additive_fake,
-    cuda="qcompiler.kernels.triton.linear_additive:linear_additive_triton",
+    cuda="qcompiler.kernels.triton.linear.additive:linear_additive_triton",
 )

@@ -149,5 +149,5 @@ LINEAR_ADDITIVE_SLICES = register_op(
     SCHEMA,
     reference=linear_additive_slices_reference,
     fake=linear_additive_slices_fake,
-    cuda="qcompiler.kernels.triton.linear_additive:linear_additive_slices_triton",
+    cuda="qcompiler.kernels.triton.linear.additive:linear_additive_slices_triton",
 )

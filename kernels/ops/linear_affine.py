@@ -112,5 +112,5 @@ LINEAR_AFFINE = register_op(
     SCHEMA,
     reference=linear_affine_reference,
     fake=linear_affine_fake,
-    cuda="qcompiler.kernels.triton.linear_affine:linear_affine_triton",
+    cuda="qcompiler.kernels.triton.linear.affine:linear_affine_triton",
 )

@@ -80,9 +80,9 @@ def gated_op(linear: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 LINEAR_AFFINE_GATED = register_gated(
-    linear_affine.LINEAR_AFFINE, cuda="qcompiler.kernels.triton.linear_affine:linear_affine_gated_triton"
+    linear_affine.LINEAR_AFFINE, cuda="qcompiler.kernels.triton.linear.affine:linear_affine_gated_triton"
 )
 LINEAR_AFFINE_SIDES_GATED = register_gated(
     linear_affine_sides.LINEAR_AFFINE_SIDES,
-    cuda="qcompiler.kernels.triton.linear_affine_sides:linear_affine_sides_gated_triton",
+    cuda="qcompiler.kernels.triton.linear.affine_sides:linear_affine_sides_gated_triton",
 )

@@ -168,5 +168,5 @@ LINEAR_AFFINE_SIDES = register_op(
     SCHEMA,
     reference=linear_affine_sides_reference,
     fake=linear_affine_sides_fake,
-    cuda="qcompiler.kernels.triton.linear_affine_sides:linear_affine_sides_triton",
+    cuda="qcompiler.kernels.triton.linear.affine_sides:linear_affine_sides_triton",
 )

@@ -115,5 +115,5 @@ LINEAR_BODY_TAIL = register_op(
     SCHEMA,
     reference=linear_body_tail_reference,
     fake=linear_body_tail_fake,
-    cuda="qcompiler.kernels.triton.linear_body_tail:linear_body_tail_triton",
+    cuda="qcompiler.kernels.triton.linear.body_tail:linear_body_tail_triton",
 )

@@ -59,6 +59,6 @@ LINEAR_INT8 = register_op(
     SCHEMA,
     reference=linear_int8_reference,
     fake=linear_int8_fake,
-    cuda="qcompiler.kernels.triton.linear_int8:linear_int8_triton",
+    cuda="qcompiler.kernels.triton.linear.int8:linear_int8_triton",
     cpu="qcompiler.kernels.cpu.linear_int8:linear_int8_cpu",
 )

@@ -88,6 +88,6 @@ LINEAR_LLM_INT8 = register_op(
     SCHEMA,
     reference=linear_llm_int8_reference,
     fake=linear_llm_int8_fake,
-    cuda="qcompiler.kernels.triton.linear_llm_int8:linear_llm_int8_triton",
+    cuda="qcompiler.kernels.triton.linear.llm_int8:linear_llm_int8_triton",
     cpu="qcompiler.kernels.cpu.linear_int8:linear_llm_int8_cpu",
 )

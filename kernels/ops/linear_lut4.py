@@ -113,5 +113,5 @@ LINEAR_LUT4 = register_op(
     SCHEMA,
     reference=linear_lut4_reference,
     fake=linear_lut4_fake,
-    cuda="qcompiler.kernels.triton.linear_lut4:linear_lut4_triton",
+    cuda="qcompiler.kernels.triton.linear.lut4:linear_lut4_triton",
 )

@@ -161,5 +161,5 @@ paged_attention = register_op(
     "Tensor? sinks) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.attention:paged_attention",
+    cuda="qcompiler.kernels.triton.attention.launch:paged_attention",
 )

@@ -95,5 +95,5 @@ paged_attention_quantized = register_op(
     "str format, float scale, bool causal, int window, int chunk, float softcap, Tensor? sinks) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.attention_quantized:paged_attention_quantized",
+    cuda="qcompiler.kernels.triton.attention.launch_quantized:paged_attention_quantized",
 )

@@ -62,5 +62,5 @@ ragged_attention = register_op(
     "bool causal, int window, int chunk, float softcap, Tensor? sinks) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.attention:ragged_attention",
+    cuda="qcompiler.kernels.triton.attention.launch:ragged_attention",
 )

@@ -140,7 +140,7 @@ rotary_kv_append = register_op(
     "Tensor(b!) v_pages, Tensor slots, bool interleaved) -> Tensor",
     reference=_reference,
     fake=_fake,
-    cuda="qcompiler.kernels.triton.rotary_kv_append:rotary_kv_append",
+    cuda="qcompiler.kernels.triton.attention.rotary_kv_append:rotary_kv_append",
 )
 rotary_kv_append_quantized = register_op(
     "rotary_kv_append_quantized(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
@@ -148,5 +148,5 @@ rotary_kv_append_quantized = register_op(
     "bool interleaved, str format) -> Tensor",
     reference=_reference_quantized,
     fake=_fake_quantized,
-    cuda="qcompiler.kernels.triton.rotary_kv_append:rotary_kv_append_quantized",
+    cuda="qcompiler.kernels.triton.attention.rotary_kv_append:rotary_kv_append_quantized",
 )

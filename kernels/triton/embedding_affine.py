@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.embedding_affine import check_embedding_affine
 from qcompiler.kernels.triton.launch import on_device
-from qcompiler.kernels.triton.linear_affine_codes import interleave, plane_floats, spread_high
+from qcompiler.kernels.triton.linear.affine_codes import interleave, plane_floats, spread_high
 
 _BLOCK_TOKENS = 8
 

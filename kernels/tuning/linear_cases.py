@@ -83,7 +83,7 @@ class Case:
     def runner(self, tensors: dict[str, torch.Tensor], k: int) -> Run:
         """A function of x and a configuration: None for the one that the launcher chooses."""
         if isinstance(self.spec, AffineSpec):
-            from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+            from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 
             bits, group = self.spec.bits, self.spec.group_size
             sides = pack_sides(tensors["scales"], tensors["zeros"], bits, group, k, self.dtype)
@@ -94,23 +94,23 @@ class Case:
         kernel: Any
         _, (_, *rest) = get_format(self.spec.name).op_call(self.spec, None, tensors, None, k)
         if isinstance(self.spec, BodyTailSpec):
-            from qcompiler.kernels.triton.linear_body_tail import linear_body_tail_triton
+            from qcompiler.kernels.triton.linear.body_tail import linear_body_tail_triton
 
             kernel = linear_body_tail_triton
             return lambda x, config: kernel(x, *rest, config=config)
         if isinstance(self.spec, AdditiveSpec):
             return _additive_runner(tensors, rest)
         if isinstance(self.spec, Lut4Spec):
-            from qcompiler.kernels.triton.linear_lut4 import linear_lut4_triton
+            from qcompiler.kernels.triton.linear.lut4 import linear_lut4_triton
 
             kernel = linear_lut4_triton
             return lambda x, config: kernel(x, *rest, config=config)
         if self.spec.outlier_threshold is None:
-            from qcompiler.kernels.triton.linear_int8 import linear_int8_triton
+            from qcompiler.kernels.triton.linear.int8 import linear_int8_triton
 
             kernel = linear_int8_triton
             return lambda x, config: kernel(x, *rest, config=config)
-        from qcompiler.kernels.triton.linear_llm_int8 import linear_llm_int8_triton
+        from qcompiler.kernels.triton.linear.llm_int8 import linear_llm_int8_triton
 
         kernel = linear_llm_int8_triton
         return lambda x, config: kernel(x, *rest, config=config)
@@ -118,7 +118,7 @@ class Case:
 
 def _additive_runner(tensors: dict[str, torch.Tensor], arguments: list[Any]) -> Run:
     """As a GPU provider runs it: a 16-bit codebook is rounded to int8 first."""
-    from qcompiler.kernels.triton.linear_additive import linear_additive_slices_triton, linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_slices_triton, linear_additive_triton
 
     kernel: Callable[..., torch.Tensor] = linear_additive_triton
     if tuple(tensors["codebooks"].shape) != (1, 1, 65536, 8):

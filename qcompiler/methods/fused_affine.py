@@ -17,7 +17,7 @@ from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec
 
 if TYPE_CHECKING:
-    from qcompiler.kernels.triton.column_statistics import ColumnStatistics
+    from qcompiler.kernels.triton.search.column_statistics import ColumnStatistics
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,7 +34,7 @@ def available(weight: Tensor, spec: AffineSpec) -> bool:
 
 def columns(weight: Tensor, factor: float, limit: float) -> ColumnStatistics:
     """See `column_statistics`."""
-    from qcompiler.kernels.triton.column_statistics import column_statistics
+    from qcompiler.kernels.triton.search.column_statistics import column_statistics
 
     return column_statistics(weight, factor, limit)
 
@@ -46,8 +46,8 @@ def quantize(
     inverses: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The affine format's tensors of a weight; of one that `check_weight` refuses, anything."""
-    from qcompiler.kernels.triton.affine_pack import affine_pack
-    from qcompiler.kernels.triton.affine_search import affine_search
+    from qcompiler.kernels.triton.search.affine_pack import affine_pack
+    from qcompiler.kernels.triton.search.affine_search import affine_search
 
     codes, scales, zeros = affine_search(weight.contiguous(), spec, search, inverses)
     return {**affine_pack(codes, spec), "scales": scales, "zeros": zeros}

@@ -12,29 +12,29 @@ import torch
 import triton.language as tl
 from offline import compile_sm90
 
-from qcompiler.kernels.triton.expert_rows import expert_tile
-from qcompiler.kernels.triton.grouped_linear_int8 import grouped_linear_int8_kernel
-from qcompiler.kernels.triton.grouped_linear_lut4 import grouped_linear_lut4_kernel
-from qcompiler.kernels.triton.linear_int8_kernels import (
+from qcompiler.kernels.triton.grouped.expert_rows import expert_tile
+from qcompiler.kernels.triton.grouped.int8 import grouped_linear_int8_kernel
+from qcompiler.kernels.triton.grouped.lut4 import grouped_linear_lut4_kernel
+from qcompiler.kernels.triton.linear.int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,
     dequantize_int8_kernel,
     linear_int8_gemm,
     linear_int8_gemv,
 )
-from qcompiler.kernels.triton.linear_launch import heuristic
-from qcompiler.kernels.triton.linear_llm_int8 import (
+from qcompiler.kernels.triton.linear.launch import heuristic
+from qcompiler.kernels.triton.linear.llm_int8 import (
     linear_llm_int8_gemm,
     list_columns_kernel,
     quantize_rows_kernel,
     round_rows_kernel,
 )
-from qcompiler.kernels.triton.linear_lut4_kernels import (
+from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
+from qcompiler.kernels.triton.linear.lut4_kernels import (
     dequantize_lut4_kernel,
     linear_lut4_gemm,
     linear_lut4_gemv,
 )
-from qcompiler.kernels.triton.lut4_codes import decode_asm
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 N, K, SMS = 4096, 14336, 132

@@ -13,22 +13,15 @@ import triton.language as tl
 from offline import compile_sm90
 
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
-from qcompiler.kernels.triton import (
-    activation,
-    attention,
-    attention_quantized,
-    grouped_linear,
-    kv_append,
-    kv_append_quantized,
-    kv_dequantize,
-    norms,
-    rotary,
-    rotary_kv_append,
-)
-from qcompiler.kernels.triton.attention_decode import combine_kernel, decode_kernel
-from qcompiler.kernels.triton.attention_decode_quantized import decode_quantized_kernel
-from qcompiler.kernels.triton.attention_prefill import prefill_kernel
-from qcompiler.kernels.triton.attention_prefill_quantized import prefill_quantized_kernel
+from qcompiler.kernels.triton import activation, norms, rotary
+from qcompiler.kernels.triton.attention import kv_append, kv_append_quantized, kv_dequantize, rotary_kv_append
+from qcompiler.kernels.triton.attention import launch as attention
+from qcompiler.kernels.triton.attention import launch_quantized as attention_quantized
+from qcompiler.kernels.triton.attention.decode import combine_kernel, decode_kernel
+from qcompiler.kernels.triton.attention.decode_quantized import decode_quantized_kernel
+from qcompiler.kernels.triton.attention.prefill import prefill_kernel
+from qcompiler.kernels.triton.attention.prefill_quantized import prefill_quantized_kernel
+from qcompiler.kernels.triton.grouped import linear as grouped_linear
 
 _INT32 = ("table_ptr", "query_start_ptr", "seq_lens_ptr", "key_start_ptr", "offsets_ptr")
 _FLOAT32 = ("partial_ptr", "lse_ptr")

@@ -12,8 +12,8 @@ import sys
 import torch
 from test_linear_affine_sides import prepared
 
-from qcompiler.kernels.triton import linear_stream
-from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+from qcompiler.kernels.triton.linear import affine_stream_launch as linear_stream
+from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 # block_n, block_m, split_k, warps, word buffers; launched early or not; blocks asked for at a time;

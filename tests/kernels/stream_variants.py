@@ -11,8 +11,8 @@ import sys
 from offline import compile_sm90
 from triton.experimental.gluon import language as gl
 
-from qcompiler.kernels.triton.linear_affine_stream import linear_affine_stream
-from qcompiler.kernels.triton.linear_stream import registers, ring_sizes
+from qcompiler.kernels.triton.linear.affine_stream import linear_affine_stream
+from qcompiler.kernels.triton.linear.affine_stream_launch import registers, ring_sizes
 
 # bits, groups per block, dtype, block_n, block_m, warps, word buffers
 VARIANTS = [

@@ -13,9 +13,9 @@ from devices import on_triton, on_triton_wide
 
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.affine import AFFINE, BITS, AffineSpec
-from qcompiler.kernels.triton.affine_pack import affine_pack
-from qcompiler.kernels.triton.affine_search import affine_search
-from qcompiler.kernels.triton.column_statistics import column_statistics
+from qcompiler.kernels.triton.search.affine_pack import affine_pack
+from qcompiler.kernels.triton.search.affine_search import affine_search
+from qcompiler.kernels.triton.search.column_statistics import column_statistics
 from qcompiler.methods.base import get_method
 from qcompiler.methods.hqq import SEARCHES
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from test_compile_sm90 import offline
 
-from qcompiler.kernels.triton.affine_search import tile_of
+from qcompiler.kernels.triton.search.affine_search import tile_of
 
 ELEMENT = {"bf16": 2, "fp32": 4}
 
@@ -25,7 +25,7 @@ def variant(size, dtype="bf16", *, even=True, search=True):
         "SMALLEST": 2.0**-24, "LARGEST": 65504.0, "LIMIT": 65504.0, "EVEN": even,
         "L": tile.lanes, "R": tile.rows, "C": tile.chunks, "E": tile.run, "COMPILED": True,
     }  # fmt: skip
-    kernel = "qcompiler.kernels.triton.affine_search:affine_search_kernel"
+    kernel = "qcompiler.kernels.triton.search.affine_search:affine_search_kernel"
     return offline.Variant(kernel, types, constants, tile.warps)
 
 
@@ -35,7 +35,7 @@ def packing(low_bits, high_bits, width, *, even=True):
         "WIDTH": width, "PLANES": 16 // low_bits, "LOW_BITS": low_bits, "HIGH_BITS": high_bits, "EVEN": even,
         "TILE": 512,
     }  # fmt: skip
-    kernel = "qcompiler.kernels.triton.affine_pack:affine_pack_kernel"
+    kernel = "qcompiler.kernels.triton.search.affine_pack:affine_pack_kernel"
     return offline.Variant(kernel, types, constants)
 
 
@@ -52,13 +52,13 @@ LIMITS = {
 OTHERS = {
     "rounding": variant(64, search=False),
     "column sums": offline.Variant(
-        "qcompiler.kernels.triton.column_statistics:column_sums_kernel",
+        "qcompiler.kernels.triton.search.column_statistics:column_sums_kernel",
         {"weight": "*bf16", "sums": "*fp32", "bounds": "*fp32", "N": "i32:16", "K": "i32:16"}
         | {"rows_per_split": "i32:16"},
         {"ROWS": 16, "COLUMNS": 256},
     ),
     "column sizes": offline.Variant(
-        "qcompiler.kernels.triton.column_statistics:column_sizes_kernel",
+        "qcompiler.kernels.triton.search.column_statistics:column_sizes_kernel",
         dict.fromkeys(("sums", "bounds", "inverse", "inverse_square", "summary"), "*fp32")
         | dict.fromkeys(("K", "splits", "programs"), "i32:16")
         | dict.fromkeys(("factor", "limit"), "fp32"),

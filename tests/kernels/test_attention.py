@@ -174,7 +174,7 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     + [("causal", "more-queries-than-keys")],
 )
 def test_kernel_agrees_with_the_definition(variant, shape, target):
-    from qcompiler.kernels.triton.attention import dense_attention
+    from qcompiler.kernels.triton.attention.launch import dense_attention
 
     q, k, v = to_target(target, *tensors(SHAPES[shape]))
     chosen = options(variant, q.shape[1])
@@ -187,7 +187,7 @@ def test_kernel_agrees_with_the_definition(variant, shape, target):
 @on_triton
 @pytest.mark.parametrize("variant", ["causal", "full", "window", "window-both-ways", "chunk", "everything"])
 def test_kernel_over_many_tiles(variant, target):
-    from qcompiler.kernels.triton.attention import dense_attention
+    from qcompiler.kernels.triton.attention.launch import dense_attention
 
     scales = {"window": 70, "chunk": 90}  # wider than a tile, so that masked and full tiles both occur
     q, k, v = to_target(target, *tensors((1, 4, 2, 150, 260, 16, 16)))
@@ -204,7 +204,7 @@ def test_kernel_over_many_tiles(variant, target):
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_head_dimensions_on_cuda(dtype, dim):
-    from qcompiler.kernels.triton.attention import dense_attention
+    from qcompiler.kernels.triton.attention.launch import dense_attention
 
     q, k, v = (t.to("cuda", dtype) for t in tensors((2, 8, 2, 300, 700, dim, dim)))
     chosen = {**PLAIN, "scale": dim**-0.5}

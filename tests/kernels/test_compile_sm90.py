@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from qcompiler.kernels.formats.affine import block_width
-from qcompiler.kernels.triton.expert_rows import expert_tile
+from qcompiler.kernels.triton.grouped.expert_rows import expert_tile
 
 _FILE = Path(__file__).with_name("offline.py")
 _SPEC = importlib.util.spec_from_file_location("qcompiler_tests_offline", _FILE)
@@ -60,20 +60,20 @@ def linear(
     if kind == "quads":
         constants |= {"SIDES": max(1, PLANES[bits] * width // group), "BW": 128 * warps, "STAGES": stages}
         constants["EVEN"] = width_of % 4096 == 0
-        kernel = "linear_affine_quads:linear_affine_quads"
+        kernel = "linear.affine_quads:linear_affine_quads"
     elif kind == "dots":
         types |= {"low": "*i16", "high": "*i16", "row_words": "i32:16"}
         types.pop("words")
         constants |= {"SIDES": max(1, PLANES[bits] * width // group) if group else 1}
         constants |= {"BN": min(block_n, 16 * warps), "PARTS": max(1, block_n // (16 * warps))}
         constants["EVEN_K"] = width_of % 256 == 0
-        kernel = "linear_affine_dots:linear_affine_dots"
+        kernel = "linear.affine_dots:linear_affine_dots"
     elif kind == "gemv":
         constants |= {"PAIRS": dtype != "fp32", "EVEN_K": width_of % 256 == 0}
-        kernel = "linear_affine_gemv:linear_affine_gemv"
+        kernel = "linear.affine_gemv:linear_affine_gemv"
     else:
         constants |= {"WIDE": kind == "wide", "EVEN_K": width_of % 256 == 0}
-        kernel = "linear_affine_gemm:linear_affine_gemm"
+        kernel = "linear.affine_gemm:linear_affine_gemm"
     if kind != "gemv":
         constants |= {"ACTIVATION": activation, "PDL": 2}
     kept = {name: type_ for name, type_ in types.items() if name not in constants}
@@ -100,7 +100,7 @@ def grouped(bits, group, dtype, tokens, width_of=4096):
         "HALF": "tl.bfloat16" if dtype == "bf16" else "tl.float16",
         "COMPILED": dtype != "fp32",
     }
-    kernel = "qcompiler.kernels.triton.grouped_linear_affine:grouped_linear_affine_kernel"
+    kernel = "qcompiler.kernels.triton.grouped.affine:grouped_linear_affine_kernel"
     return offline.Variant(kernel, types, constants, warps, stages)
 
 
@@ -174,22 +174,22 @@ OTHERS = {
     "embedding 4 bit": gathered(4, 64, "bf16"),
     "embedding 8 bit ragged": gathered(8, 0, "fp16", width_of=1000),
     "dequantize": offline.Variant(
-        "qcompiler.kernels.triton.linear_affine_gemv:dequantize_affine_kernel",
+        "qcompiler.kernels.triton.linear.affine_gemv:dequantize_affine_kernel",
         {**POINTERS, **SIZES, "out": "*bf16"},
         {"BITS": 4, "GROUP": 64, "WIDTH": 64, "BN": 32, "COMPILED": True},
     ),
     "dequantize prepared": offline.Variant(
-        "qcompiler.kernels.triton.linear_affine_dense:dequantize_sides_kernel",
+        "qcompiler.kernels.triton.linear.affine_dense:dequantize_sides_kernel",
         {**POINTERS, **SIZES, "out": "*bf16"},
         {"BITS": 4, "GROUP": 64, "WIDTH": 64, "BN": 32, "HALF": "tl.bfloat16", "COMPILED": True},
     ),
     "sum of parts": offline.Variant(
-        "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
+        "qcompiler.kernels.triton.linear.affine_gemv:sum_partials",
         {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
         {"SPLIT": 4, "HAS_BIAS": True, "BLOCK": 512, "ACTIVATION": None, "PDL": 2},
     ),
     "gated sum of parts": offline.Variant(
-        "qcompiler.kernels.triton.linear_affine_gemv:sum_partials",
+        "qcompiler.kernels.triton.linear.affine_gemv:sum_partials",
         {"partials": "*fp32", "bias": "*bf16", "out": "*bf16", "MN": "i32", "N": "i32"},
         {"SPLIT": 2, "HAS_BIAS": False, "BLOCK": 512, "ACTIVATION": "silu", "PDL": 2},
     ),

@@ -11,8 +11,8 @@ import torch
 from qcompiler.kernels.formats.lut4 import table
 
 pytest.importorskip("triton")
-from qcompiler.kernels.triton.linear_int8_kernels import PAIRS_BFLOAT16, PAIRS_FLOAT16
-from qcompiler.kernels.triton.lut4_codes import decode_asm
+from qcompiler.kernels.triton.linear.int8_kernels import PAIRS_BFLOAT16, PAIRS_FLOAT16
+from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
 
 
 def _float(bits: int) -> float:

@@ -75,7 +75,7 @@ def test_weights_of_another_width_are_refused():
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", OFFSETS)
 def test_kernel_gives_each_row_its_expert(name, transposed, target):
-    from qcompiler.kernels.triton.grouped_linear import grouped_linear
+    from qcompiler.kernels.triton.grouped.linear import grouped_linear
 
     x, weight, bias, offsets = to_target(target, *case(), torch.tensor(OFFSETS[name], dtype=torch.int32))
     stored = weight.transpose(1, 2).contiguous() if transposed else weight
@@ -90,6 +90,6 @@ def test_kernel_gives_each_row_its_expert(name, transposed, target):
 
 @pytest.mark.parametrize(("rows", "experts", "smallest"), [(8, 8, 16), (4096, 8, 128), (512, 8, 64)])
 def test_tile_follows_the_rows_an_expert_gets(rows, experts, smallest):
-    from qcompiler.kernels.triton.grouped_linear import tile
+    from qcompiler.kernels.triton.grouped.linear import tile
 
     assert tile(rows, experts, 2)[0] == smallest

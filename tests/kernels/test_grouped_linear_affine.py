@@ -112,7 +112,7 @@ def test_the_cpu_provider_multiplies_with_the_dense_weight(dtype):
 @on_triton
 @pytest.mark.parametrize("bits", BITS)
 def test_kernel_at_every_width(bits, target):
-    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+    from qcompiler.kernels.triton.grouped.affine import grouped_linear_affine_triton
 
     arguments, wanted, size = case(bits, 64, 320, "ragged", dtype=target[1])
     y = grouped_linear_affine_triton(*on_device(target, arguments))
@@ -124,7 +124,7 @@ def test_kernel_at_every_width(bits, target):
 @pytest.mark.parametrize("group_size", [0, 16, 32, 128])
 @pytest.mark.parametrize(("bits", "inputs"), [(4, 256), (3, 77), (8, 31)])
 def test_kernel_on_ragged_widths(bits, inputs, group_size, target):
-    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+    from qcompiler.kernels.triton.grouped.affine import grouped_linear_affine_triton
 
     arguments, wanted, size = case(bits, group_size, inputs, "ragged", dtype=target[1], bias=False)
     assert_close(grouped_linear_affine_triton(*on_device(target, arguments)), wanted, size)
@@ -133,7 +133,7 @@ def test_kernel_on_ragged_widths(bits, inputs, group_size, target):
 @on_triton_wide
 @pytest.mark.parametrize("name", OFFSETS)
 def test_kernel_with_empty_experts_and_rows_of_none(name, target, monkeypatch):
-    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+    from qcompiler.kernels.triton.grouped.affine import grouped_linear_affine_triton
 
     arguments, wanted, size = case(4, 32, 64, name, dtype=target[1])
     arguments = on_device(target, arguments)
@@ -147,7 +147,7 @@ def test_kernel_with_empty_experts_and_rows_of_none(name, target, monkeypatch):
 @pytest.mark.parametrize("ends", [(-3, 10, 200, 300, 400), (30, 20, 10, 5, 40)])
 def test_kernel_stays_inside_x_for_any_offsets(ends, target, monkeypatch):
     """A damaged graph may compute senseless offsets: results are then senseless too, accesses are not."""
-    from qcompiler.kernels.triton.grouped_linear_affine import grouped_linear_affine_triton
+    from qcompiler.kernels.triton.grouped.affine import grouped_linear_affine_triton
 
     arguments, _, _ = case(4, 32, 64, "all", dtype=target[1])
     arguments = on_device(target, arguments)
@@ -161,6 +161,6 @@ def test_kernel_stays_inside_x_for_any_offsets(ends, target, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "experts", "smallest"), [(8, 8, 16), (4096, 8, 128), (512, 8, 64)])
 def test_tile_follows_the_rows_an_expert_gets(rows, experts, smallest):
-    from qcompiler.kernels.triton.expert_rows import expert_tile
+    from qcompiler.kernels.triton.grouped.expert_rows import expert_tile
 
     assert expert_tile(rows, experts, 2)[1] == smallest

@@ -83,8 +83,8 @@ def case(spec, inputs, name="ragged", *, dtype=torch.float32, bias=True):
 
 
 def triton_provider(op):
-    from qcompiler.kernels.triton.grouped_linear_int8 import grouped_linear_int8_triton
-    from qcompiler.kernels.triton.grouped_linear_lut4 import grouped_linear_lut4_triton
+    from qcompiler.kernels.triton.grouped.int8 import grouped_linear_int8_triton
+    from qcompiler.kernels.triton.grouped.lut4 import grouped_linear_lut4_triton
 
     return grouped_linear_int8_triton if op is INT8_OP else grouped_linear_lut4_triton
 

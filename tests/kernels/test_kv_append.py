@@ -56,7 +56,7 @@ def test_opcheck():
 @on_triton
 @pytest.mark.parametrize("slots", [(3, 19, -1, 0, 7, -1, 5), (-1, -1), (2,), ()])
 def test_kernel_writes_the_slots_and_nothing_else(slots, target):
-    from qcompiler.kernels.triton.kv_append import kv_append
+    from qcompiler.kernels.triton.attention.kv_append import kv_append
 
     device, dtype = target
     k, v, slots = to_target(target, *case(slots))

@@ -72,7 +72,7 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", KV_FORMATS)
 @pytest.mark.parametrize("slots", [SLOTS, (-1, -1), (2,), ()])
 def test_kernel_writes_what_the_reference_does(slots, name, target):
-    from qcompiler.kernels.triton.kv_append_quantized import kv_append_quantized
+    from qcompiler.kernels.triton.attention.kv_append_quantized import kv_append_quantized
 
     device, _ = target
     k, v, slots = to_target(target, *case(slots))
@@ -84,7 +84,7 @@ def test_kernel_writes_what_the_reference_does(slots, name, target):
 @on_triton
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_kernel_rounds_every_kind_of_number_as_the_reference_does(name, target):
-    from qcompiler.kernels.triton.kv_append_quantized import kv_append_quantized
+    from qcompiler.kernels.triton.attention.kv_append_quantized import kv_append_quantized
 
     device, _ = target
     steps = torch.cat([torch.linspace(-1, 1, 280), torch.logspace(-9, 0, 80, base=2)])
@@ -99,7 +99,7 @@ def test_kernel_rounds_every_kind_of_number_as_the_reference_does(name, target):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", KV_FORMATS)
 def test_kernel_hands_on_what_is_not_finite(name, poison, target):
-    from qcompiler.kernels.triton.kv_append_quantized import kv_append_quantized
+    from qcompiler.kernels.triton.attention.kv_append_quantized import kv_append_quantized
 
     device, _ = target
     k, v, slots = to_target(target, *case((2,)))

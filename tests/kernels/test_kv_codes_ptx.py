@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from qcompiler.kernels.formats.kv_cache import KV_FORMATS, kv_format
-from qcompiler.kernels.triton.kv_codes import plane_assembly
+from qcompiler.kernels.triton.attention.kv_codes import plane_assembly
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

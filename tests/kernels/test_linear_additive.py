@@ -84,7 +84,7 @@ def test_wrong_arguments_are_refused_by_name():
 @pytest.mark.parametrize("tokens", [1, 3, 5, 70])
 def test_kernels_give_what_the_reference_gives(scheme, group_size, tokens):
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec, k = AdditiveSpec.parse(scheme, group_size), 300
@@ -105,7 +105,7 @@ def test_kernels_give_what_the_reference_gives(scheme, group_size, tokens):
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_kernels_take_half_precision(dtype, tokens):
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec = AdditiveSpec(2, 8)
@@ -124,7 +124,7 @@ def test_kernels_take_half_precision(dtype, tokens):
 @pytest.mark.parametrize("scheme", ["2x8", "1x16"])
 def test_every_road_gives_what_the_reference_gives(kind, scheme):
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spec, k = AdditiveSpec.parse(scheme), 76
@@ -138,7 +138,7 @@ def test_every_road_gives_what_the_reference_gives(kind, scheme):
 
 def test_roads_that_do_not_exist_are_refused():
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     spec = AdditiveSpec(2, 8)
     _, arguments = ADDITIVE.op_call(spec, torch.randn(3, 72), quantized(spec, (40,), 72), None, 72)
@@ -150,7 +150,7 @@ def test_roads_that_do_not_exist_are_refused():
 
 def test_heuristic_leaves_no_program_without_work():
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton import linear_additive as launcher
+    from qcompiler.kernels.triton.linear import additive as launcher
 
     kinds = [launcher.heuristic(m, 4096, 14336, None, 132).kind for m in (1, 4, 5, 128, 129)]
     assert kinds == ["gemv", "gemv", "gemm", "gemm", "dense"]
@@ -184,7 +184,7 @@ def test_heuristic_leaves_no_program_without_work():
     ],
 )
 def test_codebooks_in_shared_memory_by_default_or_not(scheme, n, k, tokens, dtype, shared, monkeypatch):
-    from qcompiler.kernels.triton import linear_additive as launcher
+    from qcompiler.kernels.triton.linear import additive as launcher
 
     monkeypatch.setattr(launcher, "SHARED_BY_DEFAULT", shared)
     spec = AdditiveSpec.parse(scheme)
@@ -202,7 +202,7 @@ def test_codebooks_in_shared_memory_by_default_or_not(scheme, n, k, tokens, dtyp
 
 def test_sizes_that_do_not_go_together_are_refused(monkeypatch):
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton import linear_additive as launcher
+    from qcompiler.kernels.triton.linear import additive as launcher
 
     monkeypatch.setattr(launcher, "COMPILED", True)
     monkeypatch.setattr(launcher, "books_fit", lambda *_: True)
@@ -217,7 +217,7 @@ def test_sizes_that_do_not_go_together_are_refused(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("block_n", "warps", "split"), [(64, 4, 3), (128, 4, 64), (128, 8, 1), (256, 8, 2)])
 def test_shared_tables_with_any_sizes(block_n, warps, split):
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     spec, k = AdditiveSpec(2, 8), 1304
     tensors = {part: t.cuda() for part, t in quantized(spec, (300,), k).items()}
@@ -232,7 +232,7 @@ def test_shared_tables_with_any_sizes(block_n, warps, split):
 
 def test_no_tokens_give_no_rows():
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive import linear_additive_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_triton
 
     spec = AdditiveSpec(2, 8)
     _, arguments = ADDITIVE.op_call(spec, torch.randn(2, 0, 72), quantized(spec, (40,), 72), None, 72)

@@ -34,10 +34,10 @@ SLICES = [
 SCRIPT = """
 import json, sys
 from offline import compile_sm90
-from qcompiler.kernels.triton.linear_additive_books import (
+from qcompiler.kernels.triton.linear.additive_books import (
     book_layouts, copies, in_words, linear_additive_books
 )
-from qcompiler.kernels.triton.linear_additive_slices import linear_additive_slices, slice_layouts
+from qcompiler.kernels.triton.linear.additive_slices import linear_additive_slices, slice_layouts
 
 made = []
 books, slices = json.load(sys.stdin)

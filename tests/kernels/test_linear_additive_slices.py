@@ -72,7 +72,7 @@ def test_provider_prepares_what_the_op_takes():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="kernels are compiled here")
 def test_inputs_are_dealt_out_to_the_slices():
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_additive_slices import slice_inputs
+    from qcompiler.kernels.triton.linear.additive_slices import slice_inputs
 
     tokens, k, groups = 3, 75, 64
     x = torch.full((tokens, k + 5), float("nan"))[:, :k]
@@ -114,7 +114,7 @@ def check(found, arguments, dtype):
     ],
 )
 def test_slices_in_shared_memory_by_default_or_not(n, k, tokens, dtype, shared, monkeypatch):
-    from qcompiler.kernels.triton import linear_additive as launcher
+    from qcompiler.kernels.triton.linear import additive as launcher
 
     monkeypatch.setattr(launcher, "SHARED_BY_DEFAULT", shared)
     provider, arguments = on_gpu(n, k, tokens, dtype)
@@ -127,7 +127,7 @@ def test_slices_in_shared_memory_by_default_or_not(n, k, tokens, dtype, shared, 
     ("kind", "split"), [("shared", 1), ("shared", 5), ("gemv", 1), ("gemm", 1), ("dense", 1)]
 )
 def test_every_road_gives_what_the_reference_gives(kind, split):
-    from qcompiler.kernels.triton.linear_additive import linear_additive_slices_triton
+    from qcompiler.kernels.triton.linear.additive import linear_additive_slices_triton
 
     _, arguments = on_gpu(300, 2100, 4, torch.bfloat16)
     config = LinearConfig(kind, 128, 8, split, 8, 1)

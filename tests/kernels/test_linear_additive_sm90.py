@@ -24,7 +24,7 @@ VARIANTS = [
 SCRIPT = """
 import sys
 from offline import compile_sm90
-from qcompiler.kernels.triton import linear_additive_kernels as kernels
+from qcompiler.kernels.triton.linear import additive_kernels as kernels
 
 for variant in sys.argv[1:]:
     name, count, bits, d, tokens = variant.split(",")
@@ -82,10 +82,10 @@ TABLES = [
 TABLE_SCRIPT = """
 import sys
 from offline import compile_sm90
-from qcompiler.kernels.triton.linear_additive_books import (
+from qcompiler.kernels.triton.linear.additive_books import (
     book_layouts, books_config, copies, groups_of_tile, in_words, linear_additive_books
 )
-from qcompiler.kernels.triton.linear_additive_slices import (
+from qcompiler.kernels.triton.linear.additive_slices import (
     linear_additive_slices, slice_layouts, slices_config
 )
 

@@ -13,9 +13,9 @@ from test_linear_affine_triton import assert_close, problem
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.ops.linear_affine_gated import ACTIVATIONS, activate_halves
 from qcompiler.kernels.providers import select_provider
-from qcompiler.kernels.triton import linear_affine_sides as sides_launcher
-from qcompiler.kernels.triton.linear_affine import linear_affine_triton
-from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+from qcompiler.kernels.triton.linear import affine_sides as sides_launcher
+from qcompiler.kernels.triton.linear.affine import linear_affine_triton
+from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 _ops = torch.ops.qcompiler

@@ -21,7 +21,7 @@ from qcompiler.kernels.ops.linear_affine_sides import (
     sides_per_block,
 )
 from qcompiler.kernels.providers import select_provider
-from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
+from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 on_modes = pytest.mark.parametrize("mode", ON_GPU)

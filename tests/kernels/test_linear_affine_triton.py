@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from qcompiler.kernels.formats import AFFINE, AffineSpec
 from qcompiler.kernels.formats.affine import BITS, num_groups
-from qcompiler.kernels.triton import linear_affine as launcher
+from qcompiler.kernels.triton.linear import affine as launcher
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 CUDA = torch.cuda.is_available()

@@ -80,7 +80,7 @@ def assert_close(y, wanted, size):
 
 def run(arguments, config=None):
     pytest.importorskip("triton")
-    from qcompiler.kernels.triton.linear_body_tail import linear_body_tail_triton
+    from qcompiler.kernels.triton.linear.body_tail import linear_body_tail_triton
 
     return linear_body_tail_triton(*arguments, config=config)
 

@@ -29,9 +29,9 @@ import triton.language as tl
 from offline import compile_sm90
 from qcompiler.kernels.formats.affine import block_width
 from qcompiler.kernels.formats.body_tail import BodyTailSpec, tail_layout
-from qcompiler.kernels.triton import linear_body_tail_slots as slots_module
-from qcompiler.kernels.triton.linear_body_tail_gemm import linear_body_tail_gemm
-from qcompiler.kernels.triton.linear_body_tail_gemv import linear_body_tail_gemv
+from qcompiler.kernels.triton.linear import body_tail_slots as slots_module
+from qcompiler.kernels.triton.linear.body_tail_gemm import linear_body_tail_gemm
+from qcompiler.kernels.triton.linear.body_tail_gemv import linear_body_tail_gemv
 
 K = 8192
 TYPES = dict(pairs="*i32", x_sums="*fp32", low="*i32", high="*i16", scales="*fp16", zeros="*fp16",

@@ -18,9 +18,9 @@ from qcompiler.kernels.ops.linear_llm_int8 import linear_llm_int8_reference, qua
 from qcompiler.kernels.ops.linear_lut4 import linear_lut4_reference
 
 pytest.importorskip("triton")
-from qcompiler.kernels.triton.linear_int8 import dequantize_int8_triton, linear_int8_triton
-from qcompiler.kernels.triton.linear_llm_int8 import linear_llm_int8_triton, quantize_rows_triton
-from qcompiler.kernels.triton.linear_lut4 import dequantize_lut4_triton, linear_lut4_triton
+from qcompiler.kernels.triton.linear.int8 import dequantize_int8_triton, linear_int8_triton
+from qcompiler.kernels.triton.linear.llm_int8 import linear_llm_int8_triton, quantize_rows_triton
+from qcompiler.kernels.triton.linear.lut4 import dequantize_lut4_triton, linear_lut4_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
 # tokens, and the kernel: GEMV and GEMM, with and without split K

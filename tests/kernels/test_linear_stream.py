@@ -17,9 +17,9 @@ from test_linear_affine_sides import prepared
 from test_linear_affine_triton import DEVICE, assert_close
 
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec
-from qcompiler.kernels.triton.linear_affine_sides import linear_affine_sides_triton
-from qcompiler.kernels.triton.linear_affine_stream_codes import decode_asm, plane_shift
-from qcompiler.kernels.triton.linear_stream import ring_sizes, stream_takes, sum_parts
+from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
+from qcompiler.kernels.triton.linear.affine_stream_codes import decode_asm, plane_shift
+from qcompiler.kernels.triton.linear.affine_stream_launch import ring_sizes, stream_takes, sum_parts
 from qcompiler.kernels.tuning.tables import LinearConfig, heuristic
 
 ON_HOPPER = [

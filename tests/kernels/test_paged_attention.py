@@ -73,7 +73,7 @@ def test_opcheck(name):
 @on_triton_wide
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_gives_each_sequence_what_it_gets_alone(name, target):
-    from qcompiler.kernels.triton.attention import paged_attention
+    from qcompiler.kernels.triton.attention.launch import paged_attention
 
     device, dtype = target
     case = CASES[name]
@@ -85,7 +85,7 @@ def test_kernel_gives_each_sequence_what_it_gets_alone(name, target):
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("name", ["decode-padded-graph", "softcap-sinks-decode", "window-decode"])
 def test_decode_does_not_depend_on_the_number_of_splits(name, splits, target, monkeypatch):
-    from qcompiler.kernels.triton import attention
+    from qcompiler.kernels.triton.attention import launch as attention
 
     monkeypatch.setattr(attention, "decode_splits", lambda *_: splits)
     device, dtype = target
@@ -97,7 +97,7 @@ def test_decode_does_not_depend_on_the_number_of_splits(name, splits, target, mo
 @pytest.mark.parametrize("programs", [1, 8, 100, 264, 5000])
 @pytest.mark.parametrize("max_keys", [1, 128, 4096, 131072])
 def test_splits_fill_the_gpu_without_splitting_tiles(programs, max_keys):
-    from qcompiler.kernels.triton.attention import decode_splits
+    from qcompiler.kernels.triton.attention.launch import decode_splits
 
     splits = decode_splits(programs, max_keys, 64, 132)
     assert splits == 1 or max_keys // splits >= 2 * 64

@@ -56,7 +56,7 @@ def test_pages_that_are_not_of_the_format_are_refused():
 @on_triton_wide
 @pytest.mark.parametrize(("fmt", "name"), WIDE)
 def test_kernel_gives_each_sequence_what_it_gets_alone(fmt, name, target):
-    from qcompiler.kernels.triton.attention_quantized import paged_attention_quantized
+    from qcompiler.kernels.triton.attention.launch_quantized import paged_attention_quantized
 
     device, dtype = target
     arguments, expected = quantized(CASES[name], fmt, dtype, device, by_head=True)
@@ -66,7 +66,7 @@ def test_kernel_gives_each_sequence_what_it_gets_alone(fmt, name, target):
 @on_triton_wide
 @pytest.mark.parametrize(("fmt", "name"), [("int4", "odd-dims"), ("int8", "window"), ("fp8", "prefill")])
 def test_long_prefills_dequantize_first_and_get_the_same(fmt, name, target, monkeypatch):
-    from qcompiler.kernels.triton import attention_quantized
+    from qcompiler.kernels.triton.attention import launch_quantized as attention_quantized
 
     monkeypatch.setattr(attention_quantized, "DEQUANTIZE_QUERIES", 2)
     monkeypatch.setattr(attention_quantized, "prefill_quantized_kernel", None)  # is not what runs
@@ -79,7 +79,7 @@ def test_long_prefills_dequantize_first_and_get_the_same(fmt, name, target, monk
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("name", ["softcap-sinks-decode", "window-decode"])
 def test_decode_does_not_depend_on_the_number_of_splits(name, splits, target, monkeypatch):
-    from qcompiler.kernels.triton import attention_quantized
+    from qcompiler.kernels.triton.attention import launch_quantized as attention_quantized
 
     monkeypatch.setattr(attention_quantized, "decode_splits", lambda *_: splits)
     device, dtype = target

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+from qcompiler.kernels import providers
 from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats import AFFINE, AffineSpec
 from qcompiler.kernels.formats.affine import BITS, num_groups
@@ -129,3 +134,14 @@ def test_a_provider_says_why_not():
 
     reason = AffineCpuInt4(torch.device("cpu"), torch.float32).supports(attrs, tensors)
     assert reason == "is fast for bfloat16 only, not torch.float32"
+
+
+def test_every_provider_that_an_op_names_exists():
+    """They are imported at their first call, on a device that tests may not have."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    folder = Path(providers.__file__).parent
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+    targets = re.findall(r'"(qcompiler\.kernels\.[\w.]+):(\w+)"', text)
+    assert len(targets) > 20
+    for module, function in targets:
+        assert callable(getattr(importlib.import_module(module), function)), f"{module}:{function}"

@@ -54,7 +54,7 @@ def test_opcheck():
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_kernel_agrees(lengths, options, target):
-    from qcompiler.kernels.triton.attention import ragged_attention
+    from qcompiler.kernels.triton.attention.launch import ragged_attention
 
     q, k, v, start = to_target(target, *case(LENGTHS[lengths]))
     wanted = alone(q.cpu(), k.cpu(), v.cpu(), start.cpu(), OPTIONS[options])

@@ -123,7 +123,7 @@ def test_pages_of_other_heads_are_refused():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "rotated", "channels"), WIDTHS)
 def test_kernel_agrees(dim, rotated, channels, interleaved, one, target, monkeypatch):
-    from qcompiler.kernels.triton import rotary_kv_append as launcher
+    from qcompiler.kernels.triton.attention import rotary_kv_append as launcher
 
     monkeypatch.setattr(launcher, "ONE_LAUNCH", one)
     rotary_kv_append = launcher.rotary_kv_append
@@ -150,7 +150,7 @@ def test_kernel_writes_the_codes_of_what_it_rotates(
     name, dim, rotated, channels, interleaved, one, target, monkeypatch
 ):
     """Held against codes of keys rotated in float32 and rounded, as the kernel does."""
-    from qcompiler.kernels.triton import rotary_kv_append as launcher
+    from qcompiler.kernels.triton.attention import rotary_kv_append as launcher
 
     monkeypatch.setattr(launcher, "ONE_LAUNCH", one)
     rotary_kv_append_quantized = launcher.rotary_kv_append_quantized
@@ -180,7 +180,7 @@ def test_kernel_writes_the_codes_of_what_it_rotates(
 
 @on_triton
 def test_no_tokens_and_only_padding(target):
-    from qcompiler.kernels.triton.rotary_kv_append import rotary_kv_append
+    from qcompiler.kernels.triton.attention.rotary_kv_append import rotary_kv_append
 
     for slots in ((), (-1, -1)):
         arguments = to_target(target, *case(slots=slots))

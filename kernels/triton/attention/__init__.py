@@ -1,0 +1,1 @@
+"""Attention, and what puts keys and values into its cache."""

@@ -1,0 +1,1 @@
+"""Products of the experts of a mixture, tokens sorted by expert."""

@@ -1,0 +1,1 @@
+"""What compilation runs on a GPU: the search for scales, packing, statistics of activations."""
