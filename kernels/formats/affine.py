@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class AffineSpec:
         return cls(bits, group_size, SCALE_DTYPES[dtype])
 
 
+@lru_cache(maxsize=4096)
 def block_width(bits: int, group_size: int, in_features: int) -> int:
     """Codes per plane of a block; see the order of the codes at the top of this file."""
     planes = PLANES[bits]

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.ops.embedding_affine import check_embedding_affine
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.affine_codes import interleave, plane_floats, spread_high
 
 _BLOCK_TOKENS = 8
@@ -92,8 +92,8 @@ def embedding_affine_triton(
     ids = ids.contiguous()
     width = block_width(bits, group_size, embedding_dim)
     grid = (
-        triton.cdiv(ids.numel(), _BLOCK_TOKENS),
-        triton.cdiv(embedding_dim, PLANES[bits] * max(width, 16)),
+        cdiv(ids.numel(), _BLOCK_TOKENS),
+        cdiv(embedding_dim, PLANES[bits] * max(width, 16)),
     )
     with on_device(ids):
         embedding_affine_kernel[grid](

@@ -95,6 +95,11 @@ def sm_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; `triton.cdiv`, made for kernels, takes a launcher microseconds."""
+    return -(-a // b)
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import cdiv, next_power_of_2, on_device
 
 _BLOCK = 2048
 
@@ -69,7 +69,7 @@ def draw_tokens(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         int64 [rows]; any token for a row with NaN or without a finite score.
     """
     rows, vocabulary = scores.shape
-    blocks = triton.cdiv(vocabulary, _BLOCK)
+    blocks = cdiv(vocabulary, _BLOCK)
     highest = scores.new_empty((rows, blocks))
     masses = scores.new_empty((rows, blocks), dtype=torch.float64)
     last = scores.new_empty((rows, blocks), dtype=torch.int32)

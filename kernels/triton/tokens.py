@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import cdiv, next_power_of_2, on_device
 
 _BLOCK = 2048
 _FEED_BLOCK = 256
@@ -67,7 +67,7 @@ def greedy_tokens(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         int64 [rows]; −1 where a row holds NaN or +inf, or nothing finite.
     """
     rows, vocabulary = logits.shape
-    blocks = triton.cdiv(vocabulary, _BLOCK)
+    blocks = cdiv(vocabulary, _BLOCK)
     values = logits.new_empty((rows, blocks), dtype=torch.float32)
     indices = logits.new_empty((rows, blocks), dtype=torch.int32)
     tokens = logits.new_empty(rows, dtype=torch.int64)
@@ -95,7 +95,7 @@ def feed_tokens(ids: torch.Tensor, feeds: torch.Tensor, kept: torch.Tensor) -> t
     out = torch.empty_like(ids)
     count = ids.numel()
     with on_device(ids):
-        _feed_kernel[(triton.cdiv(count, _FEED_BLOCK),)](
+        _feed_kernel[(cdiv(count, _FEED_BLOCK),)](
             ids, feeds, kept, out, count, BLOCK=_FEED_BLOCK, num_warps=2
         )
     return out

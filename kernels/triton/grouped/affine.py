@@ -21,7 +21,7 @@ from qcompiler.kernels.triton.grouped.expert_rows import (
     rows_of_program,
     store_tile,
 )
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.affine_codes import dequantize_plane, spread_high
 
 
@@ -153,7 +153,7 @@ def grouped_linear_affine_triton(
     block_n, block_m, warps, stages = expert_tile(rows, experts, x.element_size())
     exact = x.dtype == torch.float32
     with on_device(x):
-        grouped_linear_affine_kernel[(rows // block_m + experts + 1, triton.cdiv(outputs, block_n))](
+        grouped_linear_affine_kernel[(rows // block_m + experts + 1, cdiv(outputs, block_n))](
             x, low, high if high is not None else low, scales, zeros, offsets,
             bias if bias is not None else scales, out,
             rows, outputs, in_features, num_groups(group_size, in_features), low.shape[1], x.stride(0),

@@ -18,7 +18,7 @@ from qcompiler.kernels.triton.grouped.expert_rows import (
     rows_of_program,
     store_tile,
 )
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.int8_kernels import PAIRS_BFLOAT16, PAIRS_FLOAT16, int8_tiles
 
 UNITS = 32
@@ -92,7 +92,7 @@ def grouped_linear_int8_triton(
     block_n, block_m, warps, stages = expert_tile(rows, experts, x.element_size())
     pairs = {torch.float16: PAIRS_FLOAT16, torch.bfloat16: PAIRS_BFLOAT16}
     with on_device(x):
-        grouped_linear_int8_kernel[(rows // block_m + experts + 1, triton.cdiv(outputs, block_n))](
+        grouped_linear_int8_kernel[(rows // block_m + experts + 1, cdiv(outputs, block_n))](
             x, codes.view(torch.int32) if words else codes, scales.contiguous(), offsets.contiguous(),
             bias if bias is not None else scales, out, rows, outputs, in_features, x.stride(0),
             EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts), PER=per,

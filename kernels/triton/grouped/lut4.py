@@ -19,7 +19,7 @@ from qcompiler.kernels.triton.grouped.expert_rows import (
     rows_of_program,
     store_tile,
 )
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.lut4 import weight_arguments
 from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
 from qcompiler.kernels.triton.linear.lut4_kernels import lut4_tiles
@@ -121,10 +121,10 @@ def grouped_linear_lut4_triton(
     block_n, block_m, warps, stages = expert_tile(rows, experts, x.element_size())
     half = x.dtype != torch.float32
     with on_device(x):
-        grouped_linear_lut4_kernel[(rows // block_m + experts + 1, triton.cdiv(outputs, block_n))](
+        grouped_linear_lut4_kernel[(rows // block_m + experts + 1, cdiv(outputs, block_n))](
             x, units, values, absmax, nested, offset, steps, offsets.contiguous(),
             bias if bias is not None else values, out,
-            rows, outputs, in_features, blocks, triton.cdiv(blocks, NESTED_BLOCK), x.stride(0),
+            rows, outputs, in_features, blocks, cdiv(blocks, NESTED_BLOCK), x.stride(0),
             EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts),
             PER=per, BLOCK=block_size, CROSS=constants["CROSS"], DOUBLE=constants["DOUBLE"],
             BN=block_n, BM=block_m, UNITS=UNITS, EVEN_K=in_features % (UNITS * per) == 0,

@@ -20,7 +20,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
 from qcompiler.kernels.ops.linear_additive_slices import check_linear_additive_slices
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.additive_books import books_config, books_fit, run_books
 from qcompiler.kernels.triton.linear.additive_kernels import (
     additive_dense_kernel,
@@ -193,10 +193,10 @@ def _by_lookup(
     block_n = max(1, 16 // block_m) if few else 64
     # Elements of K per step: 256 in the look-up, 64 before the tensor cores; the dot needs at least 16.
     block_g = (256 if few else 64) // group_size
-    tiles_n = triton.cdiv(out_features, block_n) * (1 if few else triton.cdiv(tokens, block_m))
-    tiles_k = triton.cdiv(groups, block_g)
-    per_split = triton.cdiv(tiles_k, max(1, min(tiles_k, 16, _PROGRAMS // tiles_n)))
-    split = triton.cdiv(tiles_k, per_split)
+    tiles_n = cdiv(out_features, block_n) * (1 if few else cdiv(tokens, block_m))
+    tiles_k = cdiv(groups, block_g)
+    per_split = cdiv(tiles_k, max(1, min(tiles_k, 16, _PROGRAMS // tiles_n)))
+    split = cdiv(tiles_k, per_split)
     out, target = split_target(x, out_features, split)
     kernel = linear_additive_lookup if few else linear_additive_gemm
     with on_device(x):
@@ -247,7 +247,7 @@ def _by_dense(
     weight = x.new_empty((out_features, in_features))
     block_n, block_g = 16, 256 // group_size
     with on_device(x):
-        additive_dense_kernel[(triton.cdiv(groups, block_g), triton.cdiv(out_features, block_n))](
+        additive_dense_kernel[(cdiv(groups, block_g), cdiv(out_features, block_n))](
             codes,
             codebooks,
             scales,
@@ -278,10 +278,10 @@ def _by_tables(
     """One token, x [1, in_features]; codebooks of 8 bits, one set."""
     out_features, columns = codes.shape
     _, count, codewords, group_size = codebooks.shape
-    tiles = triton.cdiv(columns, _TABLE_COLUMNS)
-    programs = triton.cdiv(out_features, _TABLE_ROWS)
-    per_split = triton.cdiv(tiles, max(1, min(tiles, 32, _PROGRAMS // programs)))
-    split = triton.cdiv(tiles, per_split)
+    tiles = cdiv(columns, _TABLE_COLUMNS)
+    programs = cdiv(out_features, _TABLE_ROWS)
+    per_split = cdiv(tiles, max(1, min(tiles, 32, _PROGRAMS // programs)))
+    split = cdiv(tiles, per_split)
     tables = x.new_empty((tiles, codewords, _TABLE_COLUMNS), dtype=torch.float32)
     out, target = split_target(x, out_features, split)
     with on_device(x):

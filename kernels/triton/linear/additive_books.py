@@ -18,13 +18,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from qcompiler.kernels.formats.additive import num_groups
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.launch import split_target, sum_split
 from qcompiler.kernels.triton.linear.shared_table import check_alone, table_bytes
 from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
@@ -302,12 +301,12 @@ def books_config(
     warps = 4 if block_m <= 16 and resident == 3 else 8
     if resident == 1 and block_m == 8:
         block_n, warps = 256, 16
-    blocks = triton.cdiv(out_features, block_n)
-    tiles = triton.cdiv(in_features, 8 * groups_of_tile(bits, count, block_m))
+    blocks = cdiv(out_features, block_n)
+    tiles = cdiv(in_features, 8 * groups_of_tile(bits, count, block_m))
     # Time in tiles, one more for a program's start. A multiprocessor that has fewer programs than fit waits.
     split = min(
         range(1, min(tiles, 64) + 1),
-        key=lambda s: max(resident, triton.cdiv(blocks * s, sms)) * (triton.cdiv(tiles, s) + 1),
+        key=lambda s: max(resident, cdiv(blocks * s, sms)) * (cdiv(tiles, s) + 1),
     )
     return LinearConfig("shared", block_n, block_m, split, warps, 1)
 
@@ -329,13 +328,13 @@ def run_books(
     block_m = max(8, token_bucket(tokens))
     block_g = groups_of_tile(bits, count, block_m)
     groups = num_groups(8, in_features)
-    tiles = triton.cdiv(groups, block_g)
-    per_split = triton.cdiv(tiles, config.split_k)
-    splits = triton.cdiv(tiles, per_split)
+    tiles = cdiv(groups, block_g)
+    per_split = cdiv(tiles, config.split_k)
+    splits = cdiv(tiles, per_split)
     out, target = split_target(x, out_features, splits)
     tail = 2 if in_features % 8 else int(in_features % (8 * block_g) != 0)
     with on_device(x):
-        made = linear_additive_books[(triton.cdiv(out_features, config.block_n), splits)](
+        made = linear_additive_books[(cdiv(out_features, config.block_n), splits)](
             x,
             codes,
             codebooks,

@@ -25,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.launch import multiprocessors, sum_split
 from qcompiler.kernels.triton.linear.shared_table import check_alone, table_bytes
 from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
@@ -198,11 +198,11 @@ def slices_config(tokens: int, out_features: int, in_features: int, sms: int) ->
     block_m = max(8, token_bucket(tokens))
     block_n, warps = (256, 16) if block_m <= 16 else (128, 8)
     workers = max(1, sms // 4)
-    blocks, tiles = triton.cdiv(out_features, block_n), triton.cdiv(in_features, 8 * _GROUPS)
+    blocks, tiles = cdiv(out_features, block_n), cdiv(in_features, 8 * _GROUPS)
     # Time in tiles, one more for the start and end of a part.
     split = min(
         range(1, min(tiles, 8) + 1),
-        key=lambda s: triton.cdiv(blocks * s, workers) * (triton.cdiv(tiles, s) + 1),
+        key=lambda s: cdiv(blocks * s, workers) * (cdiv(tiles, s) + 1),
     )
     return LinearConfig("shared", block_n, block_m, split, warps, 1)
 
@@ -219,13 +219,13 @@ def run_slices(
     """The product [tokens, out_features] with x [tokens, in_features]; see `slices_fit`."""
     tokens, in_features = x.shape
     out_features, columns = codes.shape
-    groups = triton.cdiv(columns, _GROUPS) * _GROUPS
+    groups = cdiv(columns, _GROUPS) * _GROUPS
     workers = max(1, multiprocessors(x.device) // 4)
     sliced = x.new_empty((4, tokens, groups, 2))
     out = x.new_empty((tokens, out_features))
     parts = x.new_empty((4 * config.split_k, tokens, out_features), dtype=torch.float32)
     with on_device(x):
-        slice_inputs[(triton.cdiv(8 * groups, 1024), tokens)](
+        slice_inputs[(cdiv(8 * groups, 1024), tokens)](
             x, sliced, tokens, in_features, groups, x.stride(0), BK=1024, num_warps=4
         )
         made = linear_additive_slices[(4 * workers,)](

@@ -13,7 +13,6 @@ second kernel in a fixed order: results are reproducible bit for bit.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -22,7 +21,7 @@ from qcompiler.kernels.ops.linear_affine import check_linear_affine
 from qcompiler.kernels.ops.linear_affine_gated import check_gated
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.triton.activation import gated_activation
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 from qcompiler.kernels.triton.linear.affine_gemv import dequantize_affine_kernel, linear_affine_gemv
 from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.triton.linear.launch import device_facts, split_target, sum_split
@@ -132,15 +131,15 @@ def _gemv(
     out_features, words = low.shape
     width = block_width(bits, group_size, in_features)
     tile = PLANES[bits] * max(width, 16)
-    tiles = triton.cdiv(in_features, tile)
-    tiles_per_split = triton.cdiv(tiles, config.split_k)
-    split = triton.cdiv(tiles, tiles_per_split)
+    tiles = cdiv(in_features, tile)
+    tiles_per_split = cdiv(tiles, config.split_k)
+    split = cdiv(tiles, tiles_per_split)
     out, target = split_target(x, out_features, split)
     half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
     # Only the GEMV's own configurations say how many channels and warps suit it.
     own = config.kind == "gemv"
     block_n = config.block_n if own else 16
-    linear_affine_gemv[(triton.cdiv(out_features, block_n), split)](
+    linear_affine_gemv[(cdiv(out_features, block_n), split)](
         x,
         low,
         high if high is not None else low,
@@ -187,7 +186,7 @@ def dequantize_triton(
     width = block_width(bits, group_size, in_features)
     weight = torch.empty((out_features, in_features), dtype=dtype, device=low.device)
     tile = PLANES[bits] * max(width, 16)
-    dequantize_affine_kernel[(triton.cdiv(in_features, tile), triton.cdiv(out_features, 32))](
+    dequantize_affine_kernel[(cdiv(in_features, tile), cdiv(out_features, 32))](
         low,
         high if high is not None else low,
         scales,

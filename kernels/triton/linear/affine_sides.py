@@ -12,7 +12,6 @@ reproducible bit for bit.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -23,7 +22,7 @@ from qcompiler.kernels.ops.linear_affine_sides import (
     sides_per_block,
 )
 from qcompiler.kernels.triton.activation import gated_activation
-from qcompiler.kernels.triton.launch import early_start, on_device
+from qcompiler.kernels.triton.launch import cdiv, early_start, on_device
 from qcompiler.kernels.triton.linear.affine_dense import dequantize_sides_kernel
 from qcompiler.kernels.triton.linear.affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear.affine_gemm import linear_affine_gemm
@@ -159,10 +158,10 @@ def _quads(
     tokens, in_features = x.shape
     out_features, words = low.shape
     block_w = 128 * config.num_warps
-    words_per_split = triton.cdiv(triton.cdiv(words, config.split_k), block_w) * block_w
-    split = triton.cdiv(words, words_per_split)
+    words_per_split = cdiv(cdiv(words, config.split_k), block_w) * block_w
+    split = cdiv(words, words_per_split)
     out, target = split_target(x, out_features, split, activation=activation)
-    linear_affine_quads[(triton.cdiv(out_features, config.block_n), split)](
+    linear_affine_quads[(cdiv(out_features, config.block_n), split)](
         pairs,
         low,
         high if high is not None else low,
@@ -211,15 +210,15 @@ def _dots(
     tokens, in_features = x.shape
     out_features, words = low.shape
     tile = PLANES[bits] * width
-    tiles = triton.cdiv(in_features, tile)
-    tiles_per_split = triton.cdiv(tiles, config.split_k)
-    split = triton.cdiv(tiles, tiles_per_split)
+    tiles = cdiv(in_features, tile)
+    tiles_per_split = cdiv(tiles, config.split_k)
+    split = cdiv(tiles, tiles_per_split)
     block_n = min(config.block_n, 16 * config.num_warps)
     parts = config.block_n // block_n
     if split == 1 and parts % 2:
         activation = None  # gates and what they multiply are two tiles of a program
     out, target = split_target(x, out_features, split, activation=activation)
-    grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+    grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m), split)
     linear_affine_dots[grid](
         x,
         low.view(torch.int16),
@@ -271,11 +270,11 @@ def _gemm(
     tokens, in_features = x.shape
     out_features, words = low.shape
     tile = PLANES[bits] * width
-    tiles = triton.cdiv(in_features, tile)
-    tiles_per_split = triton.cdiv(tiles, config.split_k)
-    split = triton.cdiv(tiles, tiles_per_split)
+    tiles = cdiv(in_features, tile)
+    tiles_per_split = cdiv(tiles, config.split_k)
+    split = cdiv(tiles, tiles_per_split)
     out, target = split_target(x, out_features, split, activation=activation)
-    grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+    grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m), split)
     linear_affine_gemm[grid](
         x,
         low,
@@ -322,7 +321,7 @@ def _dense_product(
     """By the library's matmul; a dense weight in slices of output channels need never leave the L2 cache."""
     out_features, in_features = low.shape[0], x.shape[1]
     bias = None if bias is None else bias.to(x.dtype)
-    rows = triton.cdiv(out_features, slices)
+    rows = cdiv(out_features, slices)
     if rows == out_features:
         weight = _dense(low, high, sides, bits, group_size, in_features, x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
@@ -354,7 +353,7 @@ def _dense(
     width = block_width(bits, group_size, in_features)
     weight = torch.empty((out_features, in_features), dtype=dtype, device=low.device)
     tile = PLANES[bits] * width
-    dequantize_sides_kernel[(triton.cdiv(in_features, tile), triton.cdiv(out_features, 32))](
+    dequantize_sides_kernel[(cdiv(in_features, tile), cdiv(out_features, 32))](
         low,
         high if high is not None else low,
         sides,

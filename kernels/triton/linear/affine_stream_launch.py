@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from qcompiler.kernels.triton.launch import cdiv
 from qcompiler.kernels.triton.linear.launch import device_facts
 from qcompiler.kernels.tuning.tables import LinearConfig
 
@@ -72,9 +73,9 @@ def linear_stream(
     per_sm = 2 if warps == 4 else 1
     width = _WIDTHS[bits]
     ws, xs, xp = rings or ring_sizes(bits, bn, bm, config.num_stages, per_sm)
-    tiles_m = triton.cdiv(tokens, bm)
-    tiles = tiles_m * triton.cdiv(out_features, bn)
-    blocks = triton.cdiv(in_features, _BLOCK)
+    tiles_m = cdiv(tokens, bm)
+    tiles = tiles_m * cdiv(out_features, bn)
+    blocks = cdiv(in_features, _BLOCK)
     _, sms = device_facts(x.device)
     programs = min(sms * per_sm, tiles * min(config.split_k, blocks))
     unit = blocks if config.split_k == 1 else 1

@@ -16,6 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.formats.body_tail import BodyTailSpec, tail_layout
 from qcompiler.kernels.ops.linear_body_tail import check_linear_body_tail
+from qcompiler.kernels.triton.launch import cdiv
 from qcompiler.kernels.triton.linear.affine import dequantize_triton
 from qcompiler.kernels.triton.linear.body_tail_gemm import linear_body_tail_gemm
 from qcompiler.kernels.triton.linear.body_tail_gemv import linear_body_tail_gemv
@@ -122,9 +123,9 @@ def _fused(
         tile = planes * width * together
     else:
         tile = planes * max(width, 16)
-    steps = triton.cdiv(in_features, tile)
-    steps_per_split = triton.cdiv(steps, config.split_k)
-    split = triton.cdiv(steps, steps_per_split)
+    steps = cdiv(in_features, tile)
+    steps_per_split = cdiv(steps, config.split_k)
+    split = cdiv(steps, steps_per_split)
     out, target = split_target(x, out_features, split)
     _, slots, columns = tail_layout(spec, in_features)
     stored = (
@@ -143,7 +144,7 @@ def _fused(
         words,
         tail.shape[0],
     )
-    shares = (steps_per_split, triton.cdiv(tail.shape[0], split))
+    shares = (steps_per_split, cdiv(tail.shape[0], split))
     constants = {
         "BITS": spec.bits,
         "GROUP": spec.group_size,
@@ -161,7 +162,7 @@ def _fused(
     }
     if gemv:
         pairs = as_pairs(x)
-        linear_body_tail_gemv[(triton.cdiv(out_features, config.block_n), split, tokens)](
+        linear_body_tail_gemv[(cdiv(out_features, config.block_n), split, tokens)](
             x,
             x if pairs is None else pairs,
             *stored,
@@ -192,7 +193,7 @@ def _fused(
             BK=64,
         )
         together = _GATHERED * 32 * config.num_warps // (config.block_n * config.block_m)
-        grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m), split)
+        grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m), split)
         linear_body_tail_gemm[grid](
             x,
             xt,
@@ -223,7 +224,7 @@ def dequantize_body_tail_triton(
     """The dense weight [out_features, in_features] in `dtype`; a tail weight is rounded twice."""
     weight = dequantize_triton(low, high, scales, zeros, spec.bits, spec.group_size, in_features, dtype)
     _, slots, columns = tail_layout(spec, in_features)
-    grid = (triton.cdiv(low.shape[0], 64), triton.cdiv(tail.shape[0], 8))
+    grid = (cdiv(low.shape[0], 64), cdiv(tail.shape[0], 8))
     add_tail_kernel[grid](
         weight,
         tail,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
+from qcompiler.kernels.triton.launch import cdiv
 from qcompiler.kernels.triton.linear.int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,
@@ -74,11 +74,11 @@ def int8_product(
     per = 4 if words else 1
     gemv = config.kind == "gemv"
     tile = 64 if gemv else 32
-    tiles = triton.cdiv(in_features // per, tile)
-    per_split = triton.cdiv(tiles, config.split_k)
-    split = triton.cdiv(tiles, per_split)
+    tiles = cdiv(in_features // per, tile)
+    per_split = cdiv(tiles, config.split_k)
+    split = cdiv(tiles, per_split)
     out, target = split_target(x, out_features, split, dtype)
-    blocks_n = triton.cdiv(out_features, config.block_n)
+    blocks_n = cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
     float16 = x.dtype == torch.float16
@@ -91,7 +91,7 @@ def int8_product(
         extra = {"PAIRS": pairs is not None, "HALF": half, "COMPILED": COMPILED}
     else:
         decode = (PAIRS_FLOAT16 if float16 else PAIRS_BFLOAT16) if COMPILED and words else ""
-        kernel, grid = linear_int8_gemm, (blocks_n * triton.cdiv(tokens, config.block_m), split)
+        kernel, grid = linear_int8_gemm, (blocks_n * cdiv(tokens, config.block_m), split)
         extra = {
             "BM": config.block_m,
             "HALF": half,
@@ -125,6 +125,6 @@ def dequantize_int8_triton(codes: torch.Tensor, scales: torch.Tensor, dtype: tor
     """The dense weight [out_features, in_features] in `dtype`, rounded once from float32."""
     out_features, in_features = codes.shape
     weight = torch.empty((out_features, in_features), dtype=dtype, device=codes.device)
-    grid = (out_features, triton.cdiv(in_features, 2048))
+    grid = (out_features, cdiv(in_features, 2048))
     dequantize_int8_kernel[grid](codes, scales, weight, in_features, BLOCK=2048, num_warps=4)
     return weight

@@ -5,9 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 
-from qcompiler.kernels.triton.launch import early_start
+from qcompiler.kernels.triton.launch import cdiv, early_start
 from qcompiler.kernels.triton.linear.affine_gemv import sum_partials
 from qcompiler.kernels.tuning.tables import LinearConfig, load_table, token_bucket
 
@@ -99,7 +98,7 @@ def sum_split(
     if partials is out:
         return out
     split, tokens, columns = partials.shape
-    sum_partials[(triton.cdiv(out.numel(), _SUM_BLOCK),)](
+    sum_partials[(cdiv(out.numel(), _SUM_BLOCK),)](
         partials,
         bias if bias is not None else partials,
         out,

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
+from qcompiler.kernels.triton.launch import cdiv
 from qcompiler.kernels.triton.linear.int8 import int8_product
 from qcompiler.kernels.triton.linear.launch import choose_config
 from qcompiler.kernels.tuning.tables import LinearConfig
@@ -258,7 +259,7 @@ def _many_tokens(
     x_codes, absmax, columns = quantize_rows_triton(x, limit)
     out = x.new_empty((tokens, out_features))
     block_k = 128 if in_features > 64 else 64
-    grid = (triton.cdiv(out_features, config.block_n) * triton.cdiv(tokens, config.block_m),)
+    grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m),)
     linear_llm_int8_gemm[grid](
         x,
         x_codes,

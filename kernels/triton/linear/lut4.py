@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.lut4 import dynamic_map, table
 from qcompiler.kernels.ops.linear_lut4 import check_linear_lut4
+from qcompiler.kernels.triton.launch import cdiv
 from qcompiler.kernels.triton.linear.launch import choose_config, split_target, sum_split
 from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
 from qcompiler.kernels.triton.linear.lut4_kernels import (
@@ -68,11 +68,11 @@ def linear_lut4_triton(
     per = constants["PER"]
     gemv = config.kind == "gemv"
     tile = 64 if gemv else 16
-    tiles = triton.cdiv(in_features // per, tile)
-    per_split = triton.cdiv(tiles, config.split_k)
-    split = triton.cdiv(tiles, per_split)
+    tiles = cdiv(in_features // per, tile)
+    per_split = cdiv(tiles, config.split_k)
+    split = cdiv(tiles, per_split)
     out, target = split_target(rows, out_features, split)
-    blocks_n = triton.cdiv(out_features, config.block_n)
+    blocks_n = cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
     half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
@@ -83,7 +83,7 @@ def linear_lut4_triton(
         kernel, grid = linear_lut4_gemv, (blocks_n, split, tokens)
         extra = {"PAIRS": pairs is not None, "HALF": half, "COMPILED": COMPILED}
     else:
-        kernel, grid = linear_lut4_gemm, (blocks_n * triton.cdiv(tokens, config.block_m), split)
+        kernel, grid = linear_lut4_gemm, (blocks_n * cdiv(tokens, config.block_m), split)
         extra = {
             "BM": config.block_m,
             "HALF": half,
@@ -129,7 +129,7 @@ def dequantize_lut4_triton(
         codes, absmax, nested_absmax, nested_offset, part_rows, quant_type, block_size, in_features
     )
     weight = torch.empty((codes.shape[0], in_features), dtype=dtype, device=codes.device)
-    grid = (triton.cdiv(in_features, 32 * constants["PER"]), triton.cdiv(codes.shape[0], 16))
+    grid = (cdiv(in_features, 32 * constants["PER"]), cdiv(codes.shape[0], 16))
     dequantize_lut4_kernel[grid](
         units, *arguments, weight, codes.shape[0], in_features, **constants, BN=16, UNITS=32, num_warps=4
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qcompiler.kernels.formats.affine import AFFINE, AffineSpec, block_width
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import cdiv, next_power_of_2, on_device
 
 _TILE_WORDS = 512
 
@@ -64,7 +64,7 @@ def affine_pack(codes: torch.Tensor, spec: AffineSpec) -> dict[str, torch.Tensor
     width, planes = block_width(spec.bits, spec.group_size, in_features), 16 // spec.low_bits
     tile = min(_TILE_WORDS, next_power_of_2(words))
     with on_device(codes):
-        affine_pack_kernel[(rows, triton.cdiv(words, tile))](
+        affine_pack_kernel[(rows, cdiv(words, tile))](
             codes, packed["low"], packed.get("high", packed["low"]), in_features, words,
             WIDTH=width, PLANES=planes, LOW_BITS=spec.low_bits, HIGH_BITS=spec.high_bits,
             EVEN=in_features % (planes * width) == 0, TILE=tile, num_warps=4,

@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.affine_search import Search
 from qcompiler.kernels.formats.affine import AffineSpec, num_groups
-from qcompiler.kernels.triton.launch import on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device
 
 _THREADS = 128
 _MAGIC = tl.constexpr(12582912.0)  # 1.5·2^23: adding and subtracting it rounds to the nearest even integer
@@ -273,7 +273,7 @@ def affine_search(
     even = in_features % spec.group_size == 0
     tile = tile or tile_of(spec.group_size, weight.element_size(), even=even)
     inverse, inverse_square = columns if columns is not None else (scales, scales)  # not read
-    grid = (groups, triton.cdiv(rows, tile.rows))
+    grid = (groups, cdiv(rows, tile.rows))
     with on_device(weight):
         affine_search_kernel[grid](
             weight, inverse, inverse_square, codes, scales, zeros, rows, in_features,

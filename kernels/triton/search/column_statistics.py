@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qcompiler.kernels.triton.launch import next_power_of_2, on_device
+from qcompiler.kernels.triton.launch import cdiv, next_power_of_2, on_device
 
 _TILE_ROWS = 16
 _TILE_COLUMNS = 256
@@ -106,10 +106,10 @@ class ColumnStatistics(NamedTuple):
 def column_statistics(weight: torch.Tensor, factor: float, limit: float) -> ColumnStatistics:
     """Sizes of the columns of a weight [N, K], contiguous; see the top of the file."""
     rows, columns = weight.shape
-    across = triton.cdiv(columns, _TILE_COLUMNS)
-    wanted = max(1, min(_PROGRAMS // across, triton.cdiv(rows, 4 * _TILE_ROWS)))
-    each = triton.cdiv(triton.cdiv(rows, wanted), _TILE_ROWS) * _TILE_ROWS
-    splits = triton.cdiv(rows, each)
+    across = cdiv(columns, _TILE_COLUMNS)
+    wanted = max(1, min(_PROGRAMS // across, cdiv(rows, 4 * _TILE_ROWS)))
+    each = cdiv(cdiv(rows, wanted), _TILE_ROWS) * _TILE_ROWS
+    splits = cdiv(rows, each)
     scratch = weight.new_empty(splits * (columns + 2 * across), dtype=torch.float32)
     sums, bounds = scratch.split((splits * columns, splits * across * 2))
     inverse, inverse_square = weight.new_empty((2, columns), dtype=torch.float32)
