@@ -82,7 +82,8 @@ class Staging:
             if count == 0:
                 end = os.fstat(file).st_size
                 raise ArtifactError(
-                    f"{path.name}: ends at byte {end}, before what is read", hint="Copy the artifact again."
+                    f"{path.name}: ends at byte {end}, but has to have {begin + len(view)}",
+                    hint="Copy the artifact again.",
                 )
             view, begin = view[count:], begin + count
 

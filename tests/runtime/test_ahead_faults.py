@@ -13,6 +13,7 @@ from qcompiler.runtime.engine import Engine
 from qcompiler.runtime.model import load
 from qcompiler.runtime.readback import ReadBack
 from qcompiler.runtime.sampling import SamplingParams
+from qcompiler.runtime.scheduler import DeviceLostError
 from qcompiler.runtime.service import ClosedError, Request, Service
 
 WORDS = ["Once upon a time", "The", "It is a truth universally acknowledged"]
@@ -149,6 +150,65 @@ def test_a_worker_that_breaks_with_a_step_on_its_way_tells_every_stream(ahead_se
     ahead_service.close()
     allocator = ahead_service.model.engine.allocator
     assert allocator.available == allocator.num_pages
+
+
+@pytest.mark.parametrize("where", ["launch", "read"])
+def test_a_device_lost_with_a_step_on_its_way_tells_every_stream(ahead_service, reads, where):
+    scheduler, executor = ahead_service.scheduler, ahead_service.model.engine.executor
+    waiting = [open_ended(ahead_service, text) for text in WORDS * 3]  # more than run at once
+    wait_for_tokens(waiting[0])
+    scheduler._device_is_lost = lambda: True
+
+    def failing(_spans):
+        raise RuntimeError("an illegal address")
+
+    if where == "launch":
+        executor.run = failing
+    else:
+        reads.bad = range(1000)
+    for stream in waiting:
+        with pytest.raises(DeviceLostError, match="the device failed"):
+            stream.result()
+    assert not ahead_service.ready
+    with pytest.raises(DeviceLostError):
+        open_ended(ahead_service, WORDS[0])
+    ahead_service.check()
+    assert scheduler.pool.held == 0
+    ahead_service.close()
+
+
+def test_draining_with_a_step_on_its_way_finishes_every_answer(ahead_service):
+    streams = [open_ended(ahead_service, text) for text in WORDS * 2]
+    wait_for_tokens(streams[0])
+    closing = threading.Thread(target=ahead_service.close, kwargs={"timeout": 60})
+    closing.start()
+    results = [s.result() for s in streams]
+    closing.join(30)
+    assert not closing.is_alive()
+    assert [(len(g.token_ids), g.finish_reason) for g in results] == [(100, "length")] * 6
+    allocator = ahead_service.model.engine.allocator
+    assert allocator.available == allocator.num_pages
+
+
+def test_who_leaves_with_a_step_on_its_way_gives_its_pages_to_others(tiny_float):
+    """Answers of others are the same, whoever leaves when; the cache is too small for all of them."""
+    model = load(tiny_float, "cpu", verify="sizes", max_sequences=6, max_cache_tokens=160, ahead=True)
+    prompts = [model.tokenizer.encode(text) for text in WORDS]
+    params = SamplingParams(max_tokens=20, temperature=0.8, seed=5)
+    alone = [model.generate_tokens(p, max_tokens=20, temperature=0.8, seed=5).token_ids for p in prompts]
+    with Service(model) as service:
+        for round_ in range(6):
+            leaving = [service.submit(Request(p, SamplingParams(max_tokens=60))) for p in prompts]
+            staying = [service.submit(Request(p, params, logprobs=1)) for p in prompts]
+            for i, stream in enumerate(leaving):
+                for _ in range((round_ + i) % 4):
+                    next(stream)
+                stream.cancel()
+            assert [s.result().token_ids for s in staying] == alone
+            for stream in leaving:
+                assert stream.result().finish_reason in ("aborted", "stop", "length")
+        service.check()
+        assert service.scheduler.pool.held == 0
 
 
 def test_closing_with_a_step_on_its_way_leaves_the_model_usable(ahead_service):
