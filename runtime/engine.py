@@ -314,23 +314,39 @@ class Engine:
             self._flight = None
 
     def _land(self, flight: Flight[Sequence]) -> None:
-        for sequence, token, _ in flight.land():
-            if sequence.finish_reason is None:  # else it was launched before the end was known
-                self._accept(sequence, token)
+        try:
+            for sequence, token, _ in flight.land():
+                if sequence.finish_reason is None:  # else it was launched before the end was known
+                    self._accept(sequence, token)
+        except BaseException as e:
+            # Without their tokens they cannot go on; other threads that wait for them learn it from them.
+            for sequence in flight.work:
+                if sequence.finish_reason is None:
+                    self._fail(sequence, QCompilerError(f"the step failed: {str(e) or type(e).__name__}"))
+            raise
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         if token < 0:
-            sequence.error = NonFiniteLogitsError(
+            error = NonFiniteLogitsError(
                 f"the model computed NaN or infinite logits after {len(sequence.tokens)} tokens",
                 hint="qrun verify checks the weights; float16 activations can overflow, bfloat16 do not.",
             )
-            self._finish(sequence, "aborted")
+            self._fail(sequence, error)
             return
         sequence.tokens.append(token)
-        if token in sequence.stop_ids or (sequence.watch is not None and sequence.watch(token)):
+        try:
+            stops = token in sequence.stop_ids or (sequence.watch is not None and sequence.watch(token))
+        except QCompilerError as e:  # no reason to stop the others of the step
+            self._fail(sequence, e)
+            return
+        if stops:
             self._finish(sequence, "stop")
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(sequence, "length")
+
+    def _fail(self, sequence: Sequence, error: QCompilerError) -> None:
+        sequence.error = error
+        self._finish(sequence, "aborted")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

@@ -60,6 +60,7 @@ class Executor:
         self._use_graphs = cuda_graphs and self.device.type == "cuda"
         self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
         self._pool: Any = None
+        self._capture_stream: Any = None  # torch's own
         self._tokens = torch.zeros(_MAX_ROWS, dtype=torch.int64, device=self.device)
         self._replayed: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and their likeliest tokens
 
@@ -163,6 +164,9 @@ class Executor:
             return graph
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            if torch.cuda.device_count() > 1:
+                # Torch's own is on the device that was current when it was first needed, for all captures.
+                self._capture_stream = torch.cuda.Stream(self.device)
         try:
             graph = self._graphs[count, width] = _DecodeGraph(self, count, width, self._pool)
         except (RuntimeError, GraphRunError) as e:
@@ -204,7 +208,7 @@ class _DecodeGraph:
                 executor._greedy_kept(executor._call(self._buffer.tensors, 1), unused)
         torch.cuda.current_stream(executor.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool), torch.inference_mode():
+        with torch.cuda.graph(self._graph, pool, executor._capture_stream), torch.inference_mode():
             self._logits = executor._call(self._buffer.tensors, 1)
             self._tokens = executor._greedy_kept(self._logits, executor._tokens)
         self._rows = [

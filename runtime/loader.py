@@ -79,6 +79,13 @@ def load_program(
         ArtifactError: a tensor cannot be read or holds what it must not.
         InvalidInputError: the cache cannot have so many bits.
     """
+    try:
+        return _program(artifact, device, lean=lean, kv_bits=kv_bits)
+    finally:
+        artifact.tensors.close()
+
+
+def _program(artifact: Artifact, device: torch.device, *, lean: bool, kv_bits: str | int | None) -> Program:
     source = with_kv_bits(artifact.graph, kv_bits)
     loader = _Loader(artifact, device, lean)
     nodes = [loader.node(node) for node in source.nodes]
@@ -93,9 +100,7 @@ def load_program(
         source.outputs,
         source.written,
     )
-    program = Program(graph, loader.weights, device)
-    artifact.tensors.close()
-    return program
+    return Program(graph, loader.weights, device)
 
 
 class _Loader:

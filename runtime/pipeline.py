@@ -124,16 +124,12 @@ def launch(runner: Runner, work: Seq[tuple[W, int]], *, ahead: bool) -> Flight[W
     blocking = not ahead or any(item.sampler.reads_tokens for item in due)
     flight = Flight([item for item, _ in work], due, runner.device, blocking=blocking)
     if due:
-        logits = runner.run(spans)
-        if all(item.sampler.plain for item in due):
-            tokens = runner.likeliest(logits)
-        else:
-            tokens = choose(logits, [item.sampler for item in due], [item.tokens for item in due])
-        counts = [item.logprobs for item in due]
-        wants = any(count is not None for count in counts)
-        if not blocking:
-            runner.keep(tokens)
-        flight.send(tokens, Logprobs(logits, tokens, counts) if wants else None)
+        try:
+            _run_and_choose(runner, spans, flight)
+        except BaseException:
+            for item in due:
+                item.sampler.settle(failed=True)
+            raise
     else:
         # A graph gathers at least one row: an unfinished prompt's, which nobody looks at.
         end = spans[-1]
@@ -144,4 +140,19 @@ def launch(runner: Runner, work: Seq[tuple[W, int]], *, ahead: bool) -> Flight[W
         item.computed += count
     for row, item in enumerate(due):
         item.flight, item.row = flight, row
+        item.sampler.settle(failed=False)
     return flight
+
+
+def _run_and_choose(runner: Runner, spans: list[Span], flight: Flight[W]) -> None:
+    due = flight.due
+    logits = runner.run(spans)
+    if all(item.sampler.plain for item in due):
+        tokens = runner.likeliest(logits)
+    else:
+        tokens = choose(logits, [item.sampler for item in due], [item.tokens for item in due])
+    counts = [item.logprobs for item in due]
+    wants = any(count is not None for count in counts)
+    if not flight.blocking:
+        runner.keep(tokens)
+    flight.send(tokens, Logprobs(logits, tokens, counts) if wants else None)

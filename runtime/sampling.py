@@ -159,6 +159,8 @@ class SamplerState:
     prompt_length: int = 0
     constraint: Constraint | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
+    _drawn: float | None = field(default=None, init=False, repr=False)  # in a step that may still fail
+    _again: float | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         seed = self.params.seed
@@ -176,7 +178,17 @@ class SamplerState:
 
     def uniform(self) -> float:
         """The request's next number in [0, 1), with 53 bits."""
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        number, self._again = self._again, None
+        if number is None:
+            number = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        self._drawn = number
+        return number
+
+    def settle(self, *, failed: bool) -> None:
+        """The step is over; if it failed, the number drawn in it is the next one again."""
+        if failed and self._drawn is not None:
+            self._again = self._drawn
+        self._drawn = None
 
 
 def sample(

@@ -161,7 +161,7 @@ class Scheduler:
         """Launch a step and take the tokens of the one before; False when there is nothing to do now.
 
         Raises:
-            DeviceLostError: the device is gone; every task has ended with this error.
+            DeviceLostError: the device is gone; no task can go on, and `cancel_all` tells them.
         """
         work = self._schedule()
         before, self._flight = self._flight, None
@@ -327,9 +327,7 @@ class Scheduler:
 
     def _check_device(self, error: Exception) -> None:
         if self._device_is_lost():
-            lost = DeviceLostError(f"the device failed: {error}", hint="Restart the process.")
-            self.cancel_all(lost)
-            raise lost from error
+            raise DeviceLostError(f"the device failed: {error}", hint="Restart the process.") from error
 
     def _device_is_lost(self) -> bool:
         device = self.engine.executor.device

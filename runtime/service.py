@@ -305,11 +305,13 @@ class Service:
             self._swept = now
             self._sweep(now)
         try:
-            return self.scheduler.step()
+            if self.lost is None:
+                return self.scheduler.step()
         except DeviceLostError as e:
             log.critical("%s", e.message)
-            self.lost = e
-            return False
+            self.lost = e  # before anybody is told, who may ask again at once
+        self.scheduler.cancel_all(self.lost)
+        return False
 
     def _sweep(self, now: float) -> None:
         for task in [*self.scheduler.running, *self.scheduler.waiting]:

@@ -80,7 +80,11 @@ class Staging:
             except OSError as e:
                 raise ArtifactError(f"{path.name}: cannot be read: {e.strerror}") from e
             if count == 0:
-                raise ArtifactError(f"{path.name}: ends at byte {begin}", hint="Copy the artifact again.")
+                end = os.fstat(file).st_size
+                raise ArtifactError(
+                    f"{path.name}: ends at byte {end}, but has to have {begin + len(view)}",
+                    hint="Copy the artifact again.",
+                )
             view, begin = view[count:], begin + count
 
     def _copy(self, index: int, start: int, size: int, read: Future[None], out: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -113,6 +114,19 @@ def _entries(path: Path) -> dict[str, LinearConfig]:
         raise ArtifactError(f"{path.name}: {error.message}", hint=hint) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path.name} is not a tuning table: {error}.", hint=hint) from error
+
+
+def check_writable(path: Path) -> None:
+    """See, before anything is measured, whether `write_table` can add to this file.
+
+    Raises:
+        ArtifactError: What is there is no table.
+        OSError: The folder cannot be made or written to.
+    """
+    _entries(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_table(

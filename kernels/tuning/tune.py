@@ -32,7 +32,7 @@ class Choice:
         key: Of the table's entry.
         config: The fastest, or None where what runs unasked is as fast.
         us: Its time, microseconds.
-        unasked_us: Of what runs without a table of the user's.
+        unasked_us: Of what runs unasked: an entry that is in a table already, or what is sane.
         tried: Configurations that were timed.
         wrong: Configurations left out because their results were wrong.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,7 @@ def command(
     """
     from rich.progress import Progress
 
-    from qcompiler.kernels.tuning.tables import table_path, user_folder, write_table
+    from qcompiler.kernels.tuning.tables import check_writable, table_path, user_folder, write_table
     from qcompiler.kernels.tuning.tune import tune
     from qcompiler.runtime.artifact import open_artifact
     from qcompiler.runtime.tuning import tunable_linears
@@ -61,6 +63,8 @@ def command(
     weights = tunable_linears(open_artifact(artifact, verify="sizes"))
     table = output or table_path(place.gpu, user_folder())
     choices: list[Choice] = []
+    with _writing(table):
+        check_writable(table)
     with Progress(console=console(), transient=True) as bar:
         task = bar.add_task("compiling", total=None)
 
@@ -70,12 +74,8 @@ def command(
         for found in tune(weights, counts, thorough=thorough, gpu=place.measure, progress=progress):
             choices += found
             entries = {choice.key: choice.config for choice in found if choice.config is not None}
-            try:
+            with _writing(table):
                 write_table(table, place.gpu, entries, place.versions)
-            except OSError as e:
-                raise InvalidInputError(
-                    f"{table}: {e.strerror}", hint="Give --output, or set QCOMPILER_TUNING to a folder."
-                ) from e
     if as_json:
         print_json({"gpu": place.gpu, "table": str(table), "choices": [_to_json(c) for c in choices]})
         return
@@ -86,6 +86,16 @@ def command(
             f"  Runs read {table_path(place.gpu, user_folder())}; QCOMPILER_TUNING names another folder.",
             err=True,
         )
+
+
+@contextlib.contextmanager
+def _writing(table: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise InvalidInputError(
+            f"{table}: {e.strerror}", hint="Give --output, or set QCOMPILER_TUNING to a folder."
+        ) from e
 
 
 def this_gpu() -> Place:

@@ -324,3 +324,30 @@ def test_captured_steps_hand_their_tokens_on(float_model, stand_in_graphs, ahead
     assert answers[0] == answers[1]
     assert len({count for count, _ in stand_in_graphs}) >= 3
     assert len({width for _, width in stand_in_graphs}) == 2
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_with_several_gpus_steps_are_captured_on_the_one_of_the_model(
+    float_model, stand_in_graphs, monkeypatch, gpus
+):
+    """Torch's own stream for captures belongs to one of them; the same stream each time shares memory."""
+    made, used = [], []
+    graph = torch.cuda.graph
+
+    def stream(device):
+        made.append(device)
+        return graph()
+
+    def capture(_graph, _pool, on):
+        used.append(on)
+        return graph()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    executor = engine_for(float_model, ahead=True).executor
+    executor._use_graphs = True
+    executor.warm_up([1, 2, 4])
+    assert set(made) == {executor.device}
+    assert used == [executor._capture_stream] * 3
+    assert (executor._capture_stream is None) == (gpus == 1)

@@ -63,6 +63,17 @@ def test_together_alone_and_without_graphs_are_the_same_text(pair):
     assert alone == wanted
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_second_gpu_captures_its_own_steps(pair):
+    _, gpu = pair
+    second = load(gpu.artifact.root, device="cuda:1", max_cache_tokens=4096)
+    assert second.generate(PROMPTS, max_tokens=24) == gpu.generate(PROMPTS, max_tokens=24)
+    assert second.engine.executor._use_graphs
+    with Service(second) as service:  # its thread's current device is the first
+        found = service.generate(Request(second.tokenizer.encode(PROMPTS[0]), SamplingParams(max_tokens=24)))
+        assert found.text == gpu.generate(PROMPTS[0], max_tokens=24)
+
+
 def test_the_cache_leaves_memory_free(pair):
     free, total = torch.cuda.mem_get_info()
     assert free > 0.05 * total

@@ -104,6 +104,23 @@ def test_an_interrupt_keeps_what_was_finished(tiny_bf16, folder, monkeypatch, ca
     assert [path.name for path in folder.iterdir()] == ["nvidia_test_200.json"]
 
 
+def test_an_interrupt_while_the_table_is_written_leaves_the_old_one(folder, monkeypatch):
+    path = table_path(NAME, folder)
+    write_table(path, NAME, {"a": LinearConfig(FAST)}, {})
+    before = path.read_bytes()
+    write = Path.write_text
+
+    def interrupted(self, text, **options):
+        write(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_table(path, NAME, {"b": LinearConfig(FAST)}, {})
+    assert path.read_bytes() == before
+    assert list(folder.iterdir()) == [path]
+
+
 def test_without_a_gpu_it_is_refused(tiny_bf16, folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(["tune", str(tiny_bf16)]) == 2
@@ -144,6 +161,22 @@ def test_a_damaged_table_of_the_user_is_named(folder):
     with pytest.raises(ArtifactError):
         write_table(path, NAME, {}, {})
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("what", ["no table", "no folder"])
+def test_a_table_that_cannot_be_written_is_told_before_anything_is_measured(
+    tiny_bf16, tmp_path, folder, monkeypatch, capsys, what
+):
+    def measured(_jobs):
+        pytest.fail("it was measured first")
+        yield
+
+    monkeypatch.setattr(cli, "this_gpu", lambda: cli.Place(NAME, {}, Gpu(check=measured)))
+    (tmp_path / "notes").write_text("my notes")
+    output = tmp_path / "notes" if what == "no table" else tmp_path / "notes" / "table.json"
+    assert run(["tune", str(tiny_bf16), "--output", str(output)]) == 2
+    assert "notes" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "my notes"
 
 
 @pytest.mark.gpu
