@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,7 +46,8 @@ _held: dict[tuple[Case, int, int], Any] = {}
 
 def check(job: Job) -> tuple[Job, float | str]:
     """Relative error of one configuration, or why it cannot run; compiles it into the cache on the way."""
-    import triton
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     weight_key = (job.case, job.n, job.k)
     if weight_key not in _held:
@@ -57,9 +59,14 @@ def check(job: Job) -> tuple[Job, float | str]:
     wanted = x.float() @ weight.T
     try:
         y = run(x, job.config)
-    except triton.runtime.errors.OutOfResources as error:
+    except (OutOfResources, PTXASError, CompilationError) as error:
         return job, str(error)
     return job, float((y.float() - wanted).norm() / wanted.norm())
+
+
+def _check_some(jobs: Sequence[Job]) -> list[tuple[Job, float | str]]:
+    """Neighbours by one worker, which holds their weight."""
+    return [check(job) for job in jobs]
 
 
 def _begin() -> None:
@@ -75,8 +82,15 @@ def check_all(jobs: Sequence[Job], chunk: int = 3) -> Iterator[tuple[Job, float 
     free, _ = torch.cuda.mem_get_info()
     room = int(free * 0.8) // (_WORKER_BYTES + _WEIGHT_BYTES * largest)
     workers = max(1, min(_MOST_WORKERS, os.cpu_count() or 1, room, -(-len(jobs) // chunk)))
-    with multiprocessing.get_context("spawn").Pool(workers, _begin) as pool:
-        yield from pool.imap_unordered(check, jobs, chunksize=chunk)
+    context = multiprocessing.get_context("spawn")
+    # Not a `Pool`: that waits for ever for a worker which the system has killed, this raises.
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    try:
+        parts = [pool.submit(_check_some, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
+        for part in as_completed(parts):
+            yield from part.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def time_configs(
