@@ -149,9 +149,15 @@ class Scheduler:
             self._finish(task, "aborted", error)
 
     def cancel_all(self, error: QCompilerError | None) -> None:
-        """End every task."""
+        """End every task; what a sink raises comes after all have been told."""
+        raised: list[Exception] = []
         for task in [*self.running, *self.waiting]:
-            self._finish(task, "aborted", error)
+            try:
+                self._finish(task, "aborted", error)
+            except Exception as e:
+                raised.append(e)
+        if raised:
+            raise raised[0]
 
     def check(self) -> None:
         """Raise `PageAccountError` unless exactly the running tasks hold pages."""

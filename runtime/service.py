@@ -289,7 +289,10 @@ class Service:
                 self._stopping = True
                 self._take()
                 gone = self.lost or ClosedError("the service was closed")
-                self.scheduler.cancel_all(gone)
+                try:
+                    self.scheduler.cancel_all(gone)
+                except Exception:  # of an observer; the streams have ended
+                    log.exception("told of an end, the observer failed")
             self._wakes.flush()
 
     def _take(self) -> None:

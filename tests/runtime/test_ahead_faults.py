@@ -152,6 +152,37 @@ def test_a_worker_that_breaks_with_a_step_on_its_way_tells_every_stream(ahead_se
     assert allocator.available == allocator.num_pages
 
 
+class Clumsy:
+    """An observer that cannot bear ends."""
+
+    def first_token(self, seconds):
+        pass
+
+    def next_token(self, seconds):
+        pass
+
+    def finished(self, reason):
+        raise ValueError(reason)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_an_observer_that_fails_leaves_no_stream_waiting(tiny_float, closed):
+    model = load(tiny_float, "cpu", verify="sizes", max_sequences=4, max_cache_tokens=512, ahead=True)
+    service = Service(model, observer=Clumsy())
+    streams = [open_ended(service, text) for text in WORDS]
+    if closed:
+        wait_for_tokens(streams[0])
+        threading.Thread(target=service.close).start()
+    else:  # one ends by itself: its observer breaks the worker, which tells the others
+        tokens = model.tokenizer.encode("The")
+        service.submit(Request(tokens, SamplingParams(max_tokens=1, ignore_eos=True)))
+    for stream in streams:
+        with pytest.raises(QCompilerError):
+            stream.result()
+    service.close()
+    assert model.engine.allocator.available == model.engine.allocator.num_pages
+
+
 @pytest.mark.parametrize("where", ["launch", "read"])
 def test_a_device_lost_with_a_step_on_its_way_tells_every_stream(ahead_service, reads, where):
     scheduler, executor = ahead_service.scheduler, ahead_service.model.engine.executor
