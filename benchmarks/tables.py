@@ -227,7 +227,7 @@ def serve(result: dict[str, Any]) -> str:
         f"Prompts of {of['prompt_tokens']} tokens, {of['decode_tokens']} generated.\n\n{throughput}"
     )
     if not result["latency"]:
-        return f"{head}\n\nThe time between tokens was not measured."
+        return f"{head}\n\n{result['cut']}"
     gaps = markdown(
         ["prompts", "p50 quiet, ms", "p99 quiet", "p50 loaded", "p99 loaded", "p99 ratio"],
         [
