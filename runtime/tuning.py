@@ -46,6 +46,6 @@ def tunable_linears(artifact: Artifact) -> list[Weight]:
     if not found:
         raise InvalidInputError(
             "the artifact has no linear whose kernel has configurations to choose from",
-            hint="Tuning is for linears of the formats affine, body_tail, int8_channel and lut4.",
+            hint=f"Tuning is for linears of the formats {', '.join(sorted(spec.name for spec in TUNED))}.",
         )
     return list(found)

@@ -95,6 +95,17 @@ def sm_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def half_of(dtype: torch.dtype) -> tl.dtype:
+    """The 16-bit type that a kernel's tensor cores take for activations of a dtype."""
+    return tl.float16 if dtype == torch.float16 else tl.bfloat16
+
+
+def token_rows(x: torch.Tensor) -> torch.Tensor:
+    """Activations [..., features] as [tokens, features], each row contiguous; a view where it can be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def cdiv(a: int, b: int) -> int:
     """The quotient rounded up; `triton.cdiv`, made for kernels, takes a launcher microseconds."""
     return -(-a // b)

@@ -18,7 +18,7 @@ from qcompiler.kernels.formats.int8_channel import INT8_CHANNEL, Int8ChannelSpec
 from qcompiler.kernels.formats.lut4 import LUT4, NESTED_BLOCK, Lut4Spec, num_blocks
 from qcompiler.kernels.ops.linear_additive_slices import pack_slices
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
-from qcompiler.kernels.tuning.tables import KINDS, LinearConfig, table_key, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, table_key, token_bucket
 
 TUNED = (AffineSpec, BodyTailSpec, AdditiveSpec, Lut4Spec, Int8ChannelSpec)  # specs that a `Case` may have
 
@@ -73,7 +73,7 @@ class Case:
             return f"linear_body_tail/{body}/n{n}-k{k}/m{token_bucket(tokens)}/{dtype}"
         if isinstance(self.spec, AdditiveSpec):
             scheme = f"{self.spec.scheme}-g{self.spec.group_size}"
-            return f"linear_additive/{scheme}/n{n}-k{k}/m{token_bucket(tokens)}/bfloat16"
+            return f"linear_additive/{scheme}/n{n}-k{k}/m{token_bucket(tokens)}/{dtype}"
         if isinstance(self.spec, Lut4Spec):
             start = f"linear_lut4/{self.spec.quant_type}-b{self.spec.block_size}"
         else:
@@ -209,7 +209,7 @@ def _affine(bits: int, tokens: int, n: int, k: int, thorough: bool) -> Iterator[
             for warps in (1, 2, 4):
                 for split in _splits(n, block_n, k, 2):
                     yield LinearConfig("quads", block_n, bucket, split, warps, 1)
-    if "dots" in KINDS and bits in (2, 3, 4, 6) and (2 if bits > 2 else 1) <= tokens <= 32:
+    if bits in (2, 3, 4, 6) and (2 if bits > 2 else 1) <= tokens <= 32:
         for block_n, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4)):
             for split in _splits(n, block_n, k, 4):
                 for stages in (2, 3, 4) if thorough else (3, 4):

@@ -21,6 +21,7 @@ from qcompiler.kernels.ops.linear_affine_sides import (
     sides_per_block,
 )
 from qcompiler.kernels.providers import select_provider
+from qcompiler.kernels.triton.linear.affine import linear_affine_triton
 from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
 from qcompiler.kernels.tuning.tables import LinearConfig
 
@@ -129,6 +130,15 @@ def test_outputs_are_written_everywhere(mode, config, monkeypatch):
     monkeypatch.undo()
     assert {(3, 37), (2, 3, 37)} <= set(map(tuple, filled))
     assert_close(y, wanted, size)
+
+
+@on_modes
+@pytest.mark.parametrize("config", [QUADS, DOTS, GEMM, WIDE], ids=lambda config: config.kind)
+def test_the_op_on_the_formats_own_scales_takes_the_same_roads(mode, config):
+    plain, _, _ = problem(4, 64, 37, 512, 3, DTYPES[0])
+    arguments, _, _ = prepared(4, 64, 37, 512, 3, DTYPES[0])
+    wanted = linear_affine_sides_triton(*arguments, config=config)
+    assert torch.equal(linear_affine_triton(*plain, config=config), wanted)
 
 
 @on_modes

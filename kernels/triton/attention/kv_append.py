@@ -79,15 +79,24 @@ def kv_append_kernel(
     )
 
 
+def check_channels(op: str, k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """Refuse pages whose channels are not neighbours.
+
+    Raises:
+        InvalidInputError: Names the op.
+    """
+    if k_pages.stride(-1) != 1 or v_pages.stride(-1) != 1:
+        raise InvalidInputError(
+            f"{op}: the channels of the pages are not contiguous",
+            hint="Lay the cache out as [pages, page_size, heads, head_dim].",
+        )
+
+
 def kv_append(
     k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
 ) -> None:
     """CUDA provider of `qcompiler::kv_append`."""
-    if k_pages.stride(-1) != 1 or v_pages.stride(-1) != 1:
-        raise InvalidInputError(
-            "kv_append: the channels of the pages are not contiguous",
-            hint="Lay the cache out as [pages, page_size, heads, head_dim].",
-        )
+    check_channels("kv_append", k_pages, v_pages)
     tokens, heads, head_dim = k.shape
     channels = v.shape[2]
     if tokens == 0:

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
+from qcompiler.kernels.triton.attention.kv_codes import scale_words
 from qcompiler.kernels.triton.attention.launch import checked_pages
 from qcompiler.kernels.triton.launch import (
     early_start,
@@ -203,7 +204,7 @@ def kv_append_quantized(
     wk, wv = k_pages.shape[3], v_pages.shape[3]
     block_wk, block_wv = next_power_of_2(wk), next_power_of_2(wv)
     block_h = min(next_power_of_2(heads), max(1, _MAX_BLOCK // (chosen.planes * max(block_wk, block_wv))))
-    k_words, v_words = (s if s.dim() == 3 else s.view(torch.int32).squeeze(-1) for s in (k_scales, v_scales))
+    k_words, v_words = scale_words(k_scales), scale_words(v_scales)
     with on_device(k):
         kv_append_quantized_kernel[(tokens, -(-heads // block_h))](
             k, v, k_pages, v_pages, k_words, v_words, slots,

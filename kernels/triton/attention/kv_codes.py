@@ -9,8 +9,15 @@ does; COMPILED=False gives the same values in plain Triton, as float32.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def scale_words(scales: torch.Tensor) -> torch.Tensor:
+    """Scales as kernels read them: one 4-byte element per token and head [pages, page_size, heads]."""
+    return scales if scales.dim() == 3 else scales.view(torch.int32).squeeze(-1)
+
 
 # Per 16-bit float: (0x43 or 0x64: 128 or 1024 with an empty mantissa), each twice in a register.
 _ONE = {"bf16": 0x3F803F80, "fp16": 0x3C003C00}

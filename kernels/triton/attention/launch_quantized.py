@@ -11,6 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from qcompiler.kernels.formats.kv_cache import KVFormat, kv_format
 from qcompiler.kernels.ops.paged_attention_quantized import check_cache
 from qcompiler.kernels.triton.attention.decode_quantized import decode_quantized_kernel
+from qcompiler.kernels.triton.attention.kv_codes import scale_words
 from qcompiler.kernels.triton.attention.kv_dequantize import dequantize_pages
 from qcompiler.kernels.triton.attention.launch import (
     MIN_DOT,
@@ -94,7 +95,7 @@ def paged_attention_quantized(
     return launch(
         out, q if q.stride(-1) == 1 else q.contiguous(),
         checked_pages(k_pages, "k_pages"), checked_pages(v_pages, "v_pages"),
-        _as_words(k_scales), _as_words(v_scales), block_table, query_start, seq_lens,
+        scale_words(k_scales), scale_words(v_scales), block_table, query_start, seq_lens,
         max_query_len, kv_format(format), scale, causal, window, chunk, softcap, sinks,
     )  # fmt: skip
 
@@ -231,8 +232,3 @@ def _dtypes(q: torch.Tensor) -> dict[str, Any]:
         "V_DTYPE": tl.float32 if exact else tl.bfloat16,
         "COMPILED": COMPILED,
     }
-
-
-def _as_words(scales: torch.Tensor) -> torch.Tensor:
-    """Scales as one 4-byte element per token and head [pages, page_size, heads]."""
-    return scales if scales.dim() == 3 else scales.view(torch.int32).squeeze(-1)

@@ -11,17 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.kv_cache import kv_format, smallest_scale
 from qcompiler.kernels.ops.kv_append_quantized import check_append
 from qcompiler.kernels.ops.rotary_kv_append import check_plain_pages, check_rotary_append
-from qcompiler.kernels.triton.attention.kv_append import kv_append
+from qcompiler.kernels.triton.attention.kv_append import check_channels, kv_append
 from qcompiler.kernels.triton.attention.kv_append_quantized import (
     append_rows,
     channels_of,
     kv_append_quantized,
     store_rows,
 )
+from qcompiler.kernels.triton.attention.kv_codes import scale_words
 from qcompiler.kernels.triton.launch import (
     early_start,
     let_next_start,
@@ -248,7 +248,7 @@ def rotary_kv_append(
     """CUDA provider of `qcompiler::rotary_kv_append`."""
     check_rotary_append(q, k, v, cos, sin)
     check_plain_pages(k, v, k_pages, v_pages)
-    _check_pages(k_pages, v_pages)
+    check_channels("rotary_kv_append", k_pages, v_pages)
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
@@ -285,7 +285,7 @@ def rotary_kv_append_quantized(
     """CUDA provider of `qcompiler::rotary_kv_append_quantized`."""
     check_rotary_append(q, k, v, cos, sin)
     check_append(k, v, k_pages, v_pages, k_scales, v_scales, format)
-    _check_pages(k_pages, v_pages)
+    check_channels("rotary_kv_append", k_pages, v_pages)
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
@@ -296,7 +296,7 @@ def rotary_kv_append_quantized(
     q, k, v, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, cos, sin))
     chosen = kv_format(format)
     wk, wv = k_pages.shape[3], v_pages.shape[3]
-    k_words, v_words = (s if s.dim() == 3 else s.view(torch.int32).squeeze(-1) for s in (k_scales, v_scales))
+    k_words, v_words = scale_words(k_scales), scale_words(v_scales)
     grid, shape = _blocks(q, k, v, cos, interleaved)
     with on_device(q):
         rotary_kv_append_quantized_kernel[grid](
@@ -336,11 +336,3 @@ def _blocks(
 
 def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride for t in tensors for stride in t.stride()[:2])
-
-
-def _check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
-    if k_pages.stride(-1) != 1 or v_pages.stride(-1) != 1:
-        raise InvalidInputError(
-            "rotary_kv_append: the channels of the pages are not contiguous",
-            hint="Lay the cache out as [pages, page_size, heads, head_dim].",
-        )

@@ -18,7 +18,7 @@ from qcompiler.kernels.triton.grouped.expert_rows import (
     rows_of_program,
     store_tile,
 )
-from qcompiler.kernels.triton.launch import cdiv, on_device
+from qcompiler.kernels.triton.launch import cdiv, half_of, on_device
 from qcompiler.kernels.triton.linear.int8_kernels import PAIRS_BFLOAT16, PAIRS_FLOAT16, int8_tiles
 
 UNITS = 32
@@ -97,7 +97,7 @@ def grouped_linear_int8_triton(
             bias if bias is not None else scales, out, rows, outputs, in_features, x.stride(0),
             EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts), PER=per,
             BN=block_n, BM=block_m, UNITS=UNITS, EVEN_K=in_features % (UNITS * per) == 0,
-            HAS_BIAS=bias is not None, HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+            HAS_BIAS=bias is not None, HALF=half_of(x.dtype),
             DECODE=pairs.get(x.dtype, "") if COMPILED and words else "",
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from qcompiler.kernels.triton.grouped.expert_rows import (
     rows_of_program,
     store_tile,
 )
-from qcompiler.kernels.triton.launch import cdiv, on_device
+from qcompiler.kernels.triton.launch import cdiv, half_of, on_device
 from qcompiler.kernels.triton.linear.lut4 import weight_arguments
 from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
 from qcompiler.kernels.triton.linear.lut4_kernels import lut4_tiles
@@ -128,7 +128,7 @@ def grouped_linear_lut4_triton(
             EXPERTS=experts, EXPERTS_P2=experts_power_of_2(experts),
             PER=per, BLOCK=block_size, CROSS=constants["CROSS"], DOUBLE=constants["DOUBLE"],
             BN=block_n, BM=block_m, UNITS=UNITS, EVEN_K=in_features % (UNITS * per) == 0,
-            HAS_BIAS=bias is not None, HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+            HAS_BIAS=bias is not None, HALF=half_of(x.dtype),
             DECODE=decode_asm(quant_type, x.dtype) if COMPILED and half and per == 8 else "",
             num_warps=warps, num_stages=stages,
         )  # fmt: skip

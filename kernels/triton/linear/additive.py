@@ -20,7 +20,7 @@ from qcompiler.kernels.errors import InvalidInputError
 from qcompiler.kernels.formats.additive import num_groups
 from qcompiler.kernels.ops.linear_additive import check_linear_additive
 from qcompiler.kernels.ops.linear_additive_slices import check_linear_additive_slices
-from qcompiler.kernels.triton.launch import cdiv, on_device
+from qcompiler.kernels.triton.launch import cdiv, on_device, token_rows
 from qcompiler.kernels.triton.linear.additive_books import books_config, books_fit, run_books
 from qcompiler.kernels.triton.linear.additive_kernels import (
     additive_dense_kernel,
@@ -66,7 +66,7 @@ def linear_additive_triton(
             or one of an unknown kind.
     """
     check_linear_additive(x, codes, codebooks, scales, rows, bits, in_features)
-    flat = _flat(x, in_features)
+    flat = token_rows(x)
     out_features = codes.shape[0]
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], out_features))
@@ -110,7 +110,7 @@ def linear_additive_slices_triton(
 ) -> torch.Tensor:
     """`linear_additive_slices` (see `ops/`) by Triton; `config` as for `linear_additive_triton`."""
     check_linear_additive_slices(x, codes, codebooks, tables, table_scale, scales, rows, bits, in_features)
-    flat = _flat(x, in_features)
+    flat = token_rows(x)
     fits = COMPILED and flat.shape[0] > 0 and slices_fit(flat)
     if config is None and fits:
         sms = multiprocessors(x.device)
@@ -165,11 +165,6 @@ def _measured(
 ) -> LinearConfig | None:
     found = measured_config(weight_key(codebooks), x, out_features)
     return None if found is not None and found.kind == "shared" and not shared else found
-
-
-def _flat(x: torch.Tensor, in_features: int) -> torch.Tensor:
-    flat = x.reshape(-1, in_features)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _by_lookup(

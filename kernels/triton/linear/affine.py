@@ -13,7 +13,6 @@ second kernel in a fixed order: results are reproducible bit for bit.
 from __future__ import annotations
 
 import torch
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
@@ -21,12 +20,12 @@ from qcompiler.kernels.ops.linear_affine import check_linear_affine
 from qcompiler.kernels.ops.linear_affine_gated import check_gated
 from qcompiler.kernels.ops.linear_affine_sides import pack_sides
 from qcompiler.kernels.triton.activation import gated_activation
-from qcompiler.kernels.triton.launch import cdiv, on_device
+from qcompiler.kernels.triton.launch import cdiv, half_of, on_device, token_rows
 from qcompiler.kernels.triton.linear.affine_gemv import dequantize_affine_kernel, linear_affine_gemv
 from qcompiler.kernels.triton.linear.affine_sides import linear_affine_sides_triton
-from qcompiler.kernels.triton.linear.launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.linear.launch import affine_config, split_target, sum_split
 from qcompiler.kernels.triton.linear.x_pairs import as_pairs
-from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemv, InterpretedFunction)
 _MOST_GEMV_TOKENS = 8
@@ -88,20 +87,14 @@ def _launch(
 ) -> torch.Tensor:
     out_features = low.shape[0]
     columns = out_features if activation is None else out_features // 2
-    rows = x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = token_rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], columns))
     if config is None:
-        gpu, sms = device_facts(x.device)
-        dtype = str(x.dtype).removeprefix("torch.")
-        config = linear_config(
-            gpu, sms, bits, group_size, out_features, in_features, token_bucket(tokens), dtype
-        )
+        config = affine_config(rows, bits, group_size, out_features)
     prepared = x.dtype != torch.float32 and block_width(bits, group_size, in_features) >= 16
-    if prepared and config.kind in ("quads", "gemm", "wide", "stream"):
+    if prepared and config.kind not in ("gemv", "dense"):
         sides = pack_sides(scales, zeros, bits, group_size, in_features, x.dtype, check=False)
         y = linear_affine_sides_triton(
             rows, low, high, sides, bias, bits, group_size, in_features, config, activation
@@ -135,7 +128,7 @@ def _gemv(
     tiles_per_split = cdiv(tiles, config.split_k)
     split = cdiv(tiles, tiles_per_split)
     out, target = split_target(x, out_features, split)
-    half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    half = half_of(x.dtype)
     # Only the GEMV's own configurations say how many channels and warps suit it.
     own = config.kind == "gemv"
     block_n = config.block_n if own else 16

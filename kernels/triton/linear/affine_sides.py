@@ -11,8 +11,9 @@ reproducible bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width
@@ -22,15 +23,15 @@ from qcompiler.kernels.ops.linear_affine_sides import (
     sides_per_block,
 )
 from qcompiler.kernels.triton.activation import gated_activation
-from qcompiler.kernels.triton.launch import cdiv, early_start, on_device
+from qcompiler.kernels.triton.launch import cdiv, early_start, half_of, on_device, token_rows
 from qcompiler.kernels.triton.linear.affine_dense import dequantize_sides_kernel
 from qcompiler.kernels.triton.linear.affine_dots import linear_affine_dots
 from qcompiler.kernels.triton.linear.affine_gemm import linear_affine_gemm
 from qcompiler.kernels.triton.linear.affine_quads import linear_affine_quads
 from qcompiler.kernels.triton.linear.affine_stream_launch import MOST_BLOCK_M, linear_stream, stream_takes
-from qcompiler.kernels.triton.linear.launch import device_facts, split_target, sum_split
+from qcompiler.kernels.triton.linear.launch import affine_config, device_facts, split_target, sum_split
 from qcompiler.kernels.triton.linear.x_pairs import as_pairs
-from qcompiler.kernels.tuning.tables import LinearConfig, heuristic, linear_config, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, heuristic, token_bucket
 
 COMPILED = not isinstance(linear_affine_gemm, InterpretedFunction)
 _MOST_QUAD_TOKENS = 4
@@ -92,17 +93,16 @@ def _launch(
 ) -> torch.Tensor:
     out_features = low.shape[0]
     columns = out_features // 2 if activation is not None else out_features
-    rows = x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = token_rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], columns))
     width = block_width(bits, group_size, in_features)
     if config is None:
-        config = _configured(rows, bits, group_size, out_features)
-    streams = config.block_m <= MOST_BLOCK_M and stream_takes(rows, low, high, sides, bits, group_size, width)
-    if config.kind == "stream" and not streams:
+        config = affine_config(rows, bits, group_size, out_features)
+    if config.kind == "stream" and not (
+        config.block_m <= MOST_BLOCK_M and stream_takes(rows, low, high, sides, bits, group_size, width)
+    ):
         dtype = str(x.dtype).removeprefix("torch.")
         config = heuristic(bits, out_features, in_features, tokens, dtype, device_facts(x.device)[1])
     kind = config.kind
@@ -124,22 +124,12 @@ def _launch(
         y = linear_stream(rows, low, high, sides, bias, bits, group_size, config)
     elif pairs is not None:
         y = _quads(rows, pairs, low, high, sides, bias, bits, group_size, width, config, inside)
-    elif kind == "dots":
-        y = _dots(rows, low, high, sides, bias, bits, group_size, width, config, inside)
-    elif kind == "gemm":
-        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, inside)
     else:
-        y = _gemm(rows, low, high, sides, bias, bits, group_size, width, config, None, wide=True)
+        inside = None if kind == "wide" else inside
+        y = _on_tensor_cores(kind, rows, low, high, sides, bias, bits, group_size, width, config, inside)
     if activation is not None and y.shape[1] != columns:
         y = gated_activation(y[:, :columns], y[:, columns:], activation)
     return y.view(*x.shape[:-1], columns)
-
-
-def _configured(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
-    gpu, sms = device_facts(x.device)
-    dtype = str(x.dtype).removeprefix("torch.")
-    bucket = token_bucket(x.shape[0])
-    return linear_config(gpu, sms, bits, group_size, out_features, x.shape[1], bucket, dtype)
 
 
 def _quads(
@@ -185,7 +175,7 @@ def _quads(
         SPLIT=split,
         EVEN=words % words_per_split == 0 and in_features % (PLANES[bits] * width) == 0,
         HAS_BIAS=bias is not None and split == 1,
-        HALF=_half(x.dtype),
+        HALF=half_of(x.dtype),
         STAGES=config.num_stages,
         ACTIVATION=activation if split == 1 else None,
         COMPILED=COMPILED,
@@ -195,7 +185,8 @@ def _quads(
     return sum_split(target, bias, out, activation)
 
 
-def _dots(
+def _on_tensor_cores(
+    kind: str,
     x: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor | None,
@@ -207,75 +198,27 @@ def _dots(
     config: LinearConfig,
     activation: str | None,
 ) -> torch.Tensor:
+    """By "dots", "gemm" or "wide"."""
     tokens, in_features = x.shape
-    out_features, words = low.shape
+    out_features = low.shape[0]
     tile = PLANES[bits] * width
     tiles = cdiv(in_features, tile)
     tiles_per_split = cdiv(tiles, config.split_k)
     split = cdiv(tiles, tiles_per_split)
-    block_n = min(config.block_n, 16 * config.num_warps)
-    parts = config.block_n // block_n
-    if split == 1 and parts % 2:
-        activation = None  # gates and what they multiply are two tiles of a program
+    block_n = config.block_n
+    own: dict[str, Any]
+    if kind == "dots":
+        kernel, low = linear_affine_dots, low.view(torch.int16)
+        block_n = min(block_n, 16 * config.num_warps)
+        parts = config.block_n // block_n
+        own = {"PARTS": parts, "SIDES": sides_per_block(bits, group_size, in_features)}
+        if split == 1 and parts % 2:
+            activation = None  # gates and what they multiply are two tiles of a program
+    else:
+        kernel, own = linear_affine_gemm, {"WIDE": kind == "wide"}
     out, target = split_target(x, out_features, split, activation=activation)
     grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m), split)
-    linear_affine_dots[grid](
-        x,
-        low.view(torch.int16),
-        high if high is not None else low.view(torch.int16),
-        sides,
-        bias if bias is not None else x,
-        target,
-        tokens,
-        out_features,
-        in_features,
-        sides.shape[1],
-        2 * words,
-        x.stride(0),
-        tiles_per_split,
-        BITS=bits,
-        GROUP=group_size,
-        WIDTH=width,
-        SIDES=sides_per_block(bits, group_size, in_features),
-        BN=block_n,
-        PARTS=parts,
-        BM=config.block_m,
-        SPLIT=split,
-        EVEN_K=in_features % tile == 0,
-        HAS_BIAS=bias is not None and split == 1,
-        HALF=_half(x.dtype),
-        ACTIVATION=activation if split == 1 else None,
-        COMPILED=COMPILED,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **early_start(x.device),
-    )
-    return sum_split(target, bias, out, activation)
-
-
-def _gemm(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor | None,
-    sides: torch.Tensor,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    width: int,
-    config: LinearConfig,
-    activation: str | None,
-    *,
-    wide: bool = False,
-) -> torch.Tensor:
-    tokens, in_features = x.shape
-    out_features, words = low.shape
-    tile = PLANES[bits] * width
-    tiles = cdiv(in_features, tile)
-    tiles_per_split = cdiv(tiles, config.split_k)
-    split = cdiv(tiles, tiles_per_split)
-    out, target = split_target(x, out_features, split, activation=activation)
-    grid = (cdiv(out_features, config.block_n) * cdiv(tokens, config.block_m), split)
-    linear_affine_gemm[grid](
+    kernel[grid](
         x,
         low,
         high if high is not None else low,
@@ -286,23 +229,23 @@ def _gemm(
         out_features,
         in_features,
         sides.shape[1],
-        words,
+        low.shape[1],
         x.stride(0),
         tiles_per_split,
         BITS=bits,
         GROUP=group_size,
         WIDTH=width,
-        WIDE=wide,
-        BN=config.block_n,
+        BN=block_n,
         BM=config.block_m,
         SPLIT=split,
         EVEN_K=in_features % tile == 0,
         HAS_BIAS=bias is not None and split == 1,
-        HALF=_half(x.dtype),
+        HALF=half_of(x.dtype),
         ACTIVATION=activation if split == 1 else None,
         COMPILED=COMPILED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **own,
         **early_start(x.device),
     )
     return sum_split(target, bias, out, activation)
@@ -366,12 +309,8 @@ def _dense(
         GROUP=group_size,
         WIDTH=width,
         BN=32,
-        HALF=_half(dtype),
+        HALF=half_of(dtype),
         COMPILED=COMPILED,
         num_warps=4,
     )
     return weight
-
-
-def _half(dtype: torch.dtype) -> tl.dtype:
-    return tl.float16 if dtype == torch.float16 else tl.bfloat16

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from qcompiler.kernels.triton.launch import cdiv
+from qcompiler.kernels.triton.launch import cdiv, half_of
 from qcompiler.kernels.triton.linear.launch import device_facts
 from qcompiler.kernels.tuning.tables import LinearConfig
 
@@ -105,7 +105,7 @@ def linear_stream(
         XP=xp,
         BURST=min(BURST, ws),
         HAS_BIAS=bias is not None,
-        HALF=tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        HALF=half_of(x.dtype),
         num_warps=warps,
         maxnreg=registers(warps),
         launch_pdl=EARLY,

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.affine import PLANES, block_width, num_groups
 from qcompiler.kernels.formats.body_tail import BodyTailSpec, tail_layout
 from qcompiler.kernels.ops.linear_body_tail import check_linear_body_tail
-from qcompiler.kernels.triton.launch import cdiv
+from qcompiler.kernels.triton.launch import cdiv, half_of, on_device, token_rows
 from qcompiler.kernels.triton.linear.affine import dequantize_triton
 from qcompiler.kernels.triton.linear.body_tail_gemm import linear_body_tail_gemm
 from qcompiler.kernels.triton.linear.body_tail_gemv import linear_body_tail_gemv
@@ -52,27 +51,31 @@ def linear_body_tail_triton(
     """`linear_body_tail` (see `ops/linear_body_tail.py`) by Triton; `config` overrides the choice."""
     spec = BodyTailSpec(bits, group_size, tail_fraction, tail_bits)
     check_linear_body_tail(x, low, high, scales, tail, tail_scales, spec, in_features)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        # Triton launches on the current device, whatever the tensors say.
-        with torch.cuda.device(x.device):
-            return linear_body_tail_triton(
-                x, low, high, scales, zeros, tail, tail_scales, bias, bits, group_size, tail_fraction,
-                tail_bits, in_features, config,
-            )  # fmt: skip
-    out_features = low.shape[0]
-    rows = x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    with on_device(x):
+        return _launch(x, (low, high, scales, zeros), tail, tail_scales, bias, spec, in_features, config)
+
+
+def _launch(
+    x: torch.Tensor,
+    body: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor],
+    tail: torch.Tensor,
+    tail_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: BodyTailSpec,
+    in_features: int,
+    config: LinearConfig | None,
+) -> torch.Tensor:
+    out_features = body[0].shape[0]
+    rows = token_rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
     if config is None:
-        key = f"linear_body_tail/affine-b{bits}-g{group_size}"
+        key = f"linear_body_tail/affine-b{spec.bits}-g{spec.group_size}"
         dtype = str(x.dtype).removeprefix("torch.")
         config = measured_config(key, rows, out_features) or heuristic(
             out_features, in_features, tokens, dtype, multiprocessors(x.device)
         )
-    body = (low, high, scales, zeros)
     if config.kind == "dense":
         weight = dequantize_body_tail_triton(*body, tail, tail_scales, spec, in_features, x.dtype)
         y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
@@ -155,7 +158,7 @@ def _fused(
         "BN": config.block_n,
         "SPLIT": split,
         "HAS_BIAS": bias is not None and split == 1,
-        "HALF": tl.float16 if x.dtype == torch.float16 else tl.bfloat16,
+        "HALF": half_of(x.dtype),
         "COMPILED": COMPILED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

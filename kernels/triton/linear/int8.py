@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.launch import cdiv
+from qcompiler.kernels.triton.launch import cdiv, half_of, token_rows
 from qcompiler.kernels.triton.linear.int8_kernels import (
     PAIRS_BFLOAT16,
     PAIRS_FLOAT16,
@@ -31,9 +31,7 @@ def linear_int8_triton(
 ) -> torch.Tensor:
     """`linear_int8` (see `ops/linear_int8.py`) by Triton; `config` overrides the choice of kernel."""
     check_linear_int8(x, codes, scales)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = token_rows(x)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], codes.shape[0]))
     codes = codes.contiguous()
@@ -81,8 +79,7 @@ def int8_product(
     blocks_n = cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
-    float16 = x.dtype == torch.float16
-    half = tl.float16 if float16 else tl.bfloat16
+    half = half_of(x.dtype)
     source = x
     if gemv:
         pairs = as_pairs(x) if words else None
@@ -90,7 +87,7 @@ def int8_product(
         kernel, grid = linear_int8_gemv, (blocks_n, split, tokens)
         extra = {"PAIRS": pairs is not None, "HALF": half, "COMPILED": COMPILED}
     else:
-        decode = (PAIRS_FLOAT16 if float16 else PAIRS_BFLOAT16) if COMPILED and words else ""
+        decode = (PAIRS_FLOAT16 if half == tl.float16 else PAIRS_BFLOAT16) if COMPILED and words else ""
         kernel, grid = linear_int8_gemm, (blocks_n * cdiv(tokens, config.block_m), split)
         extra = {
             "BM": config.block_m,

@@ -8,7 +8,7 @@ import torch
 
 from qcompiler.kernels.triton.launch import cdiv, early_start
 from qcompiler.kernels.triton.linear.affine_gemv import sum_partials
-from qcompiler.kernels.tuning.tables import LinearConfig, load_table, token_bucket
+from qcompiler.kernels.tuning.tables import LinearConfig, linear_config, load_table, token_bucket
 
 _SUM_BLOCK = 512
 
@@ -36,6 +36,15 @@ def choose_config(weight_key: str, x: torch.Tensor, out_features: int) -> Linear
     dtype = str(x.dtype).removeprefix("torch.")
     gpu, sms = device_facts(x.device)
     return _choose(weight_key, gpu, sms, out_features, x.shape[1], token_bucket(x.shape[0]), dtype)
+
+
+def affine_config(x: torch.Tensor, bits: int, group_size: int, out_features: int) -> LinearConfig:
+    """`choose_config` for affine codes, whose roads are more and have a heuristic of their own."""
+    gpu, sms = device_facts(x.device)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return linear_config(
+        gpu, sms, bits, group_size, out_features, x.shape[1], token_bucket(x.shape[0]), dtype
+    )
 
 
 @lru_cache(maxsize=4096)

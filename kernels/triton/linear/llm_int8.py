@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.ops.linear_int8 import check_linear_int8
-from qcompiler.kernels.triton.launch import cdiv
+from qcompiler.kernels.triton.launch import cdiv, token_rows
 from qcompiler.kernels.triton.linear.int8 import int8_product
 from qcompiler.kernels.triton.linear.launch import choose_config
 from qcompiler.kernels.tuning.tables import LinearConfig
@@ -173,10 +173,8 @@ def linear_llm_int8_triton(
 ) -> torch.Tensor:
     """`linear_llm_int8` (see `ops/linear_llm_int8.py`) by Triton; `config` overrides the choice of kernel."""
     check_linear_int8(x, codes, scales, "linear_llm_int8")
-    out_features, in_features = codes.shape
-    rows = x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    out_features = codes.shape[0]
+    rows = token_rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))

@@ -9,12 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from qcompiler.kernels.formats.lut4 import dynamic_map, table
 from qcompiler.kernels.ops.linear_lut4 import check_linear_lut4
-from qcompiler.kernels.triton.launch import cdiv
+from qcompiler.kernels.triton.launch import cdiv, half_of, token_rows
 from qcompiler.kernels.triton.linear.launch import choose_config, split_target, sum_split
 from qcompiler.kernels.triton.linear.lut4_codes import decode_asm
 from qcompiler.kernels.triton.linear.lut4_kernels import (
@@ -46,9 +45,7 @@ def linear_lut4_triton(
         x, codes, absmax, nested_absmax, nested_offset, part_rows, quant_type, block_size, in_features
     )
     out_features = codes.shape[0]
-    rows = x.reshape(-1, in_features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = token_rows(x)
     tokens = rows.shape[0]
     if tokens == 0:
         return x.new_empty((*x.shape[:-1], out_features))
@@ -75,7 +72,7 @@ def linear_lut4_triton(
     blocks_n = cdiv(out_features, config.block_n)
     extra: dict[str, object]
     grid: tuple[int, ...]
-    half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
+    half = half_of(x.dtype)
     source = rows
     if gemv:
         pairs = as_pairs(rows)
