@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qcompiler.runtime.sampling import tensor_on
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -32,9 +34,7 @@ class Logprobs:
         if not self._wanted:
             return
         if len(self._wanted) < len(counts):
-            rows = torch.tensor(self._wanted)
-            if logits.device.type == "cuda":
-                rows = rows.pin_memory().to(logits.device, non_blocking=True)
+            rows = tensor_on(self._wanted, torch.int64, logits.device)
             logits, tokens = logits[rows], tokens[rows]
         scores = logits.float().log_softmax(-1)
         chosen = scores.gather(1, tokens.clamp_min(0).unsqueeze(1)).squeeze(1)

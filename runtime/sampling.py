@@ -230,12 +230,12 @@ def choose(
     tokens = scores.argmax(-1)
     drawn = [i for i, s in enumerate(states) if s.params.temperature > 0]
     if drawn:
-        uniforms = _tensor([states[i].uniform() for i in drawn], torch.float64, scores.device)
+        uniforms = tensor_on([states[i].uniform() for i in drawn], torch.float64, scores.device)
         params = [states[i].params for i in drawn]
         if len(drawn) == len(states):
             tokens = draw(process(scores, params), uniforms)
         else:
-            rows = _tensor(drawn, torch.int64, scores.device)
+            rows = tensor_on(drawn, torch.int64, scores.device)
             tokens[rows] = draw(process(scores[rows], params), uniforms)
     finite = torch.isfinite(scores.amax(-1))  # amax of a row with NaN is NaN
     return tokens.masked_fill(~finite, -1)
@@ -250,21 +250,21 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     """
 
     def column(values: list[float]) -> torch.Tensor:
-        return _tensor(values, scores.dtype, scores.device).unsqueeze(1)
+        return tensor_on(values, scores.dtype, scores.device).unsqueeze(1)
 
     vocabulary = scores.shape[-1]
     # A temperature that is no fp32 number, or hardly one, would make infinities of the logits.
     scores = scores / column([max(p.temperature, _LEAST_TEMPERATURE) for p in params])
     top_k = [i for i, p in enumerate(params) if 0 < p.top_k < vocabulary]
     if top_k:
-        at = _tensor(top_k, torch.int64, scores.device)
-        last = _tensor([params[i].top_k - 1 for i in top_k], torch.int64, scores.device).unsqueeze(1)
+        at = tensor_on(top_k, torch.int64, scores.device)
+        last = tensor_on([params[i].top_k - 1 for i in top_k], torch.int64, scores.device).unsqueeze(1)
         rows = scores[at]
         best = rows.topk(max(params[i].top_k for i in top_k), dim=-1).values
         scores[at] = rows.masked_fill(rows < best.gather(1, last), -math.inf)
     top_p = [i for i, p in enumerate(params) if p.top_p < 1.0]
     if top_p:
-        at = _tensor(top_p, torch.int64, scores.device)
+        at = tensor_on(top_p, torch.int64, scores.device)
         rows = scores[at]
         ascending, order = rows.sort(dim=-1, stable=True)
         mass = ascending.softmax(-1).cumsum(-1)
@@ -278,7 +278,7 @@ def process(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Ten
     return scores
 
 
-def _tensor(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def tensor_on(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Values on a device, which the host does not wait for."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
